@@ -1,0 +1,3 @@
+"""Closed-form decompositions of bilinear layers: not written yet, so this package offers nothing."""
+
+__all__: list[str] = []

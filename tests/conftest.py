@@ -1,0 +1,42 @@
+"""What all tests share: a seeded generator, one thread, and the data that may be missing."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+_DATA = Path(__file__).parents[2] / "shared" / "data"
+
+# One thread: the tests' matrices are too small to share out, decompositions of matrices crawl when threads
+# compete for two cores, and sums then have one order. The variable makes child processes agree.
+os.environ["OMP_NUM_THREADS"] = "1"
+torch.set_num_threads(1)
+
+# The same examples at every run, and no verdict that hangs on how busy the machine is.
+settings.register_profile(
+    "suite", derandomize=True, database=None, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.load_profile("suite")
+
+
+@pytest.fixture
+def rng() -> torch.Generator:
+    """A generator with the same seed in every test."""
+    return torch.Generator().manual_seed(0)
+
+
+@pytest.fixture
+def shared_data() -> Path:
+    """The folder of real data and checkpoints, for tests marked `data`."""
+    return _DATA
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip tests marked `data` where the data is missing."""
+    if _DATA.is_dir():
+        return
+    for item in items:
+        if item.get_closest_marker("data"):
+            item.add_marker(pytest.mark.skip(reason=f"there is no folder {_DATA}"))

@@ -1,0 +1,136 @@
+"""Batches: what the user passes as sample inputs, read once and cut into the sizes the engine wants."""
+
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+Batch = Any  # a tensor, a tuple of positional arguments, or a dict of keyword arguments
+
+_MOST_INPUTS = 32_768  # an endless iterator is read up to here; a collection is read whole
+
+
+def call(model: nn.Module, batch: Batch) -> Any:
+    """Run the model on one batch: a tensor, positional arguments or keyword arguments."""
+    if isinstance(batch, Mapping):
+        return model(**batch)
+    if isinstance(batch, tuple | list):
+        return model(*batch)
+    return model(batch)
+
+
+def tensors(batch: Batch) -> list[Tensor]:
+    """The tensors of a batch in a fixed order."""
+    if isinstance(batch, Tensor):
+        return [batch]
+    values = batch.values() if isinstance(batch, Mapping) else batch
+    return [value for value in values if isinstance(value, Tensor)]
+
+
+def size(batch: Batch) -> int:
+    """Number of inputs in a batch: the first axis of its first tensor."""
+    return len(tensors(batch)[0])
+
+
+def select(batch: Batch, index: Tensor) -> Batch:
+    """Some inputs of a batch."""
+    return _mapped(batch, lambda x: x[index] if _per_input(x, batch) else x)
+
+
+def _per_input(x: Tensor, batch: Batch) -> bool:
+    return x.ndim > 0 and len(x) == size(batch)
+
+
+def _mapped(batch: Batch, function: Any) -> Batch:
+    if isinstance(batch, Tensor):
+        return function(batch)
+    if isinstance(batch, Mapping):
+        return {key: function(x) if isinstance(x, Tensor) else x for key, x in batch.items()}
+    return tuple(function(x) if isinstance(x, Tensor) else x for x in batch)
+
+
+def _checked(batch: Batch, index: int, model: nn.Module) -> Batch:
+    if not isinstance(batch, Tensor | Mapping | tuple | list):
+        raise TypeError(f"batches[{index}] must be a tensor, a tuple or a dict of them, got {type(batch).__name__}")
+    found = tensors(batch)
+    if not found or found[0].ndim == 0 or len(found[0]) == 0:
+        raise ValueError(f"batches[{index}] holds no inputs; every batch needs a tensor with a non-empty first axis")
+    parameter = next(model.parameters(), None)
+    for x in found:
+        if x.is_floating_point() and not torch.isfinite(x).all():
+            raise ValueError(f"batches[{index}] contains NaN or infinity; drop or repair those inputs")
+        if parameter is not None and x.device != parameter.device:
+            raise ValueError(
+                f"batches[{index}] is on {x.device} but the model is on {parameter.device}; "
+                f"move the batch with .to({str(parameter.device)!r})"
+            )
+    return _mapped(batch, torch.Tensor.detach)
+
+
+def read_batches(batches: Iterable[Batch], model: nn.Module) -> list[Batch]:
+    """Read sample inputs once, checked.
+
+    A collection (list, DataLoader) is read whole; an iterator, which may be endless, up to 32,768 inputs.
+
+    Raises:
+        ValueError: For no batches, empty ones, NaN or infinity, or another device than the model's.
+        TypeError: For something that is not batches.
+    """
+    if isinstance(batches, Tensor | Mapping):
+        raise TypeError(f"batches must be an iterable of batches, got one {type(batches).__name__}; write [batch]")
+    endless = iter(batches) is batches
+    kept: list[Batch] = []
+    n = 0
+    for index, batch in enumerate(batches):
+        kept.append(_checked(batch, index, model))
+        n += size(kept[-1])
+        if endless and n >= _MOST_INPUTS:
+            break
+    if not kept:
+        raise ValueError("batches is empty; pass at least one batch of sample inputs")
+    return kept
+
+
+def joined(batches: Sequence[Batch]) -> list[Batch]:
+    """One batch of all inputs where their shapes allow it, else the batches as they are."""
+    first = batches[0]
+    layouts = {_layout(batch) for batch in batches}
+    if len(batches) == 1 or len(layouts) > 1 or isinstance(first, Mapping | tuple | list) and _odd(batches):
+        return list(batches)
+    columns = [torch.cat(column) for column in zip(*(tensors(batch) for batch in batches), strict=True)]
+    return [_mapped(first, lambda x, it=iter(columns): next(it))]
+
+
+def _layout(batch: Batch) -> tuple:
+    names = tuple(batch) if isinstance(batch, Mapping) else ()
+    return (type(batch).__name__, names, tuple((x.shape[1:], x.dtype) for x in tensors(batch)))
+
+
+def _odd(batches: Sequence[Batch]) -> bool:
+    """Whether some part of some batch is not one row an input."""
+    return any(
+        not isinstance(x, Tensor) or not _per_input(x, batch)
+        for batch in batches
+        for x in (batch.values() if isinstance(batch, Mapping) else batch)
+    )
+
+
+def split(batches: Sequence[Batch], inputs: int) -> list[Batch]:
+    """The same inputs in order, in batches of at most the given number."""
+    parts: list[Batch] = []
+    for batch in batches:
+        index = torch.arange(size(batch), device=tensors(batch)[0].device)
+        parts += [select(batch, piece) for piece in index.split(inputs)] if size(batch) > inputs else [batch]
+    return parts
+
+
+def digest(batches: Sequence[Batch]) -> str:
+    """A fingerprint of all inputs, to recognise a resumed run's data."""
+    sha = hashlib.sha256()
+    for batch in batches:
+        for x in tensors(batch):
+            sha.update(f"{x.dtype}{tuple(x.shape)}".encode())
+            sha.update(x.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes() if x.numel() else b"")
+    return sha.hexdigest()

@@ -1,0 +1,127 @@
+"""Effects: what ablating each component does to the final output, and the gates that this implies."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from weightdecomp._batches import Batch, call
+from weightdecomp._divergence import output_tensor
+from weightdecomp._forward import Record, replaced
+from weightdecomp._pieces import Pieces
+from weightdecomp._sites import Site
+
+_PROBES = 4  # random output directions
+_PATH = (0.1, 0.3, 0.5, 0.7, 0.9)  # midpoints of the path from everything ablated to the target
+
+
+def _probe(divergence: str, output: Tensor, rng: torch.Generator) -> Tensor:
+    """Random r with E[(r.df)^2] the divergence of a small output change df, to second order."""
+    if divergence == "kl":
+        p = output.detach().float().softmax(-1)
+        drawn = torch.multinomial(p.reshape(-1, p.shape[-1]), 1, generator=rng).reshape(p.shape[:-1])
+        score = torch.nn.functional.one_hot(drawn, p.shape[-1]) - p
+        return score.to(output.dtype) / 2**0.5
+    signs = torch.randint(0, 2, output.shape, generator=rng, device=output.device) * 2 - 1
+    return signs.to(output.dtype) / output.shape[-1] ** 0.5
+
+
+def sensitivities(
+    model: nn.Module, batch: Batch, site: Site, record: Record, divergence: str, rng: torch.Generator
+) -> list[Float[Tensor, "probe *batch d_out"]]:
+    """Gradients of random output projections at the site's output rows, averaged while the site is switched on.
+
+    The average over the path from m = 0 to m = 1 of the gradient at the site output m W x makes the effect of
+    removing one coordinate of it exact where what follows acts on coordinates one by one (a neuron's nonlinearity);
+    elsewhere it is a secant estimate (integrated gradients, Sundararajan et al. 2017, on the mask).
+
+    Returns:
+        One tensor for each call of the site's module.
+    """
+    weight = site.matrix()
+    probes = [_probe(divergence, output_tensor(record.output), rng) for _ in range(_PROBES)]
+    sums: list[Tensor] = []
+    for share in _PATH:
+        leaves: list[Tensor] = []
+
+        def forward(site: Site, index: int, operands: tuple, share: float = share, leaves: list = leaves) -> Any:
+            rows = (share * site.read(operands, weight)).detach().requires_grad_()
+            leaves.append(rows)
+            return site.write(rows, operands)
+
+        with torch.enable_grad(), replaced([site], forward):
+            output = output_tensor(call(model, batch))
+            projections = [(output * probe).sum() for probe in probes]
+        for k, projection in enumerate(projections):
+            grads = torch.autograd.grad(projection, leaves, retain_graph=k + 1 < len(probes))
+            for index, grad in enumerate(grads):
+                if len(sums) <= index:
+                    sums.append(torch.zeros(_PROBES, *grad.shape, dtype=grad.dtype, device=grad.device))
+                sums[index][k] += grad / len(_PATH)
+    return sums
+
+
+def effects(
+    inner: Float[Tensor, "*batch piece"], pieces: Pieces, sensitivity: Float[Tensor, "probe *batch d_out"]
+) -> Float[Tensor, "*batch component"]:
+    """Estimated divergence per input when one component alone is ablated."""
+    changes = (sensitivity @ pieces.u.T) * inner
+    if not pieces.rank_one:
+        by_component = torch.zeros(*changes.shape[:-1], pieces.n, dtype=inner.dtype, device=inner.device)
+        changes = by_component.index_add_(-1, pieces.owner, changes)
+    return changes.square().mean(0)
+
+
+class Trade:
+    """Every way to close gates by a threshold on each arm, with its damage and its savings.
+
+    Built once from activations and effects; `thresholds(price)` then is the exact minimiser, per component and arm, of
+    (effects where closed) + price x (inputs where open), by running sums over sorted activations.
+    """
+
+    def __init__(
+        self, activations: Float[Tensor, "row component"], effects: Float[Tensor, "row component"]
+    ) -> None:
+        """Sort both arms."""
+        self.typical = float(effects.sum(1).mean()) + 1e-30
+        self._arms = []
+        for sign in (1, -1):
+            a, order = (sign * activations).clamp_min(0).sort(0)
+            e = effects.gather(0, order).where(a > 0, 0)
+            closed = torch.cat([torch.zeros_like(e[:1]), e.cumsum(0)])
+            opened = torch.cat([(a > 0).flip(0).cumsum(0).flip(0), torch.zeros_like(order[:1])])
+            # Of equal costs argmin takes the first, which in this order is the highest threshold.
+            self._arms.append((a, closed.flip(0), opened.flip(0).to(a.dtype)))
+
+    def thresholds(self, price: float) -> Float[Tensor, "arm=2 component"]:
+        """The cheapest thresholds when an open gate on one input is worth `price` of divergence."""
+        arms = []
+        for a, closed, opened in self._arms:
+            first_open = len(a) - torch.add(closed, opened, alpha=price).argmin(0, keepdim=True)
+            below = a.gather(0, (first_open - 1).clamp_min(0)).where(first_open > 0, 0)
+            above = a.gather(0, first_open.clamp_max(len(a) - 1))
+            # An arm that never opens on the sample stays shut a little beyond the largest activation seen.
+            arms.append(torch.where(first_open < len(a), (below + above) / 2, 1.05 * above + 1e-12)[0])
+        return torch.stack(arms)
+
+
+def opened(
+    activations: Float[Tensor, "*batch component"], thresholds: Float[Tensor, "arm=2 component"]
+) -> Float[Tensor, "*batch component"]:
+    """Importance 1 where an activation is beyond its arm's threshold, else 0."""
+    return ((activations > thresholds[0]) | (-activations > thresholds[1])).to(activations.dtype)
+
+
+def highest_price(damage: Callable[[float], float], limit: float, low: float, high: float, rounds: int) -> float:
+    """The highest price at which the damage stays within the limit, by bisection of its logarithm."""
+    low, high = math.log(low), math.log(high)
+    for _ in range(rounds):
+        middle = (low + high) / 2
+        if damage(math.exp(middle)) <= limit:
+            low = middle
+        else:
+            high = middle
+    return math.exp(low)

@@ -1,0 +1,96 @@
+"""The ledger: what a decomposition costs in bits."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Ledger:
+    """Description length of a set of inputs through a decomposition, in bits, by part.
+
+    Attributes:
+        n_inputs: Number N of inputs (or positions) described.
+        naming: Which components are active on each input: sum over components of N h(f), h the binary entropy.
+        values: The activations of the active pieces, each to the relative precision that the tolerance asks for:
+            N f rank (1/2) log2(1 / tolerance), the rate-distortion price of a Gaussian value. Without it one component
+            that is always on would be free. Source: ours.
+        dictionary: Stored numbers of the live components, (1/2) log2(1 + N f) bits each.
+        residual: What the masked output leaves to be said: N divergence / ln 2.
+    """
+
+    n_inputs: int
+    naming: float
+    values: float
+    dictionary: float
+    residual: float
+
+    @property
+    def total(self) -> float:
+        """All parts together, in bits."""
+        return self.naming + self.values + self.dictionary + self.residual
+
+    @property
+    def per_input(self) -> float:
+        """Bits per input without the dictionary, which is paid once."""
+        return (self.total - self.dictionary) / self.n_inputs
+
+    def __str__(self) -> str:
+        """A line a part."""
+        parts = [(name, getattr(self, name)) for name in ("naming", "values", "dictionary", "residual", "total")]
+        return "\n".join(f"{name:<11}{bits:>14,.0f} bits {bits / self.n_inputs:>10.3f} per input" for name, bits in parts)
+
+
+def entropy(frequency: Float[Tensor, "*n"]) -> Float[Tensor, "*n"]:
+    """Binary entropy h(f) in bits."""
+    return (torch.special.entr(frequency) + torch.special.entr(1 - frequency)) / math.log(2)
+
+
+def value_bits(tolerance: float) -> float:
+    """Bits of one active value at the relative distortion `tolerance`."""
+    return 0.5 * math.log2(1 / tolerance)
+
+
+def dictionary_bits(
+    frequency: Float[Tensor, " component"], numbers: Int[Tensor, " component"], n_inputs: int
+) -> Float[Tensor, " component"]:
+    """Bits to store each component's numbers at the precision that its use deserves."""
+    return numbers * 0.5 * torch.log2(1 + n_inputs * frequency)
+
+
+def price(
+    n_inputs: int,
+    tolerance: float,
+    frequencies: Sequence[Float[Tensor, " component"]],
+    ranks: Sequence[Int[Tensor, " component"]],
+    shapes: Sequence[tuple[int, int]],
+    divergence: float = 0.0,
+) -> Ledger:
+    """Price components of several sites, each named on its own.
+
+    Args:
+        n_inputs: Inputs (or positions) N.
+        tolerance: The run's tolerance, which sets the precision of active values.
+        frequencies: Per site, the share of inputs on which each component is on.
+        ranks: Per site, the rank of each component.
+        shapes: Per site, (d_out, d_in).
+        divergence: Mean divergence per input in nats (or squared output units) under the stated masks.
+
+    Raises:
+        ValueError: If N is not positive or the tolerance is outside (0, 1).
+    """
+    if n_inputs < 1:
+        raise ValueError(f"n_inputs must be at least 1, got {n_inputs}")
+    if not 0 < tolerance < 1:
+        raise ValueError(f"tolerance must be between 0 and 1, got {tolerance}")
+    naming = values = dictionary = 0.0
+    for frequency, rank, (d_out, d_in) in zip(frequencies, ranks, shapes, strict=True):
+        f = frequency.double()
+        naming += float(n_inputs * entropy(f).sum())
+        values += float(n_inputs * (f * rank).sum()) * value_bits(tolerance)
+        dictionary += float(dictionary_bits(f, rank * (d_out + d_in), n_inputs).sum())
+    return Ledger(n_inputs, naming, values, dictionary, n_inputs * divergence / math.log(2))

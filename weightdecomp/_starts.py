@@ -1,0 +1,159 @@
+"""Starts: exact decompositions of one site, made from its weights and inputs without training."""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from weightdecomp._pieces import Pieces, rank_one_pieces
+
+_SAMPLE = 4096  # rows that exemplars are sought among
+_REACHED = 1e-9  # relative mean square below which an input direction counts as never used
+_LEAST_COUNT = 3  # rows that must agree on a direction for it to be an exemplar
+_LEAST_WEIGHT = 0.02  # rows whose effect is below this share of the mean are not looked at
+
+
+class Reach:
+    """The span of a site's inputs, where its weights are decomposed; the rest of W is remainder.
+
+    Attributes:
+        basis: Orthonormal columns, ordered by the mean square of the inputs along them.
+        power: Mean square of the inputs along each column.
+        weight: W in this basis.
+    """
+
+    def __init__(self, matrix: Float[Tensor, "d_out d_in"], rows: Float[Tensor, "row d_in"]) -> None:
+        """Diagonalise the inputs' second moment."""
+        moment = rows.double().T @ rows.double() / len(rows)
+        power, basis = torch.linalg.eigh(moment)
+        kept = power > _REACHED * power[-1]
+        self.basis = basis[:, kept].flip(-1).to(matrix.dtype)
+        self.power = power[kept].flip(-1).to(matrix.dtype)
+        self.weight = matrix @ self.basis
+
+    def lifted(self, v: Tensor, u: Tensor) -> Pieces:
+        """Pieces with v given in the basis, as pieces of the site."""
+        return rank_one_pieces(v @ self.basis.T, u).balanced()
+
+
+def svd_start(reach: Reach) -> Pieces:
+    """Singular pairs of W in the metric of the inputs: pieces with uncorrelated activations."""
+    root = reach.power.sqrt()
+    left, sizes, right = torch.linalg.svd(reach.weight * root, full_matrices=False)
+    kept = sizes > 1e-6 * sizes[0]
+    return reach.lifted(right[kept] / root, (left * sizes).T[kept])
+
+
+def row_start(reach: Reach) -> Pieces:
+    """One piece an output coordinate (a neuron before its nonlinearity)."""
+    return reach.lifted(reach.weight, torch.eye(len(reach.weight), dtype=reach.weight.dtype))
+
+
+def column_start(reach: Reach, matrix: Float[Tensor, "d_out d_in"]) -> Pieces:
+    """One piece an input coordinate (a neuron after its nonlinearity)."""
+    return reach.lifted(reach.basis, matrix.T)
+
+
+def exemplars(
+    rows: Float[Tensor, "row d"], effects: Float[Tensor, " row"], agreement: float, most: int
+) -> list[Float[Tensor, "exemplar d"]]:
+    """Directions that many inputs share, densest first, cut where the density falls most.
+
+    Inputs that use one mechanism alone lie on its line exactly; inputs that use several lie scattered. So lines that
+    many inputs agree on are mechanisms. An input counts as far as the site matters to the output there (up to one), so
+    that lines which only the data has, and the model never reads, do not. Each direction is refined by narrowing the
+    cone around its densest member.
+
+    Args:
+        rows: Inputs of a site.
+        effects: Divergence of the final output when the whole site is ablated on that input.
+        agreement: |cosine| from which two inputs count as one direction.
+        most: At most so many directions.
+
+    Returns:
+        One or two sets of directions, for the two steepest falls of density.
+    """
+    weight = (effects / effects.mean()).clamp_max(1)
+    best = weight.topk(min(_SAMPLE, len(rows))).indices.sort().values
+    best = best[weight[best] > _LEAST_WEIGHT]
+    rows, weight = rows[best], weight[best]
+    unit = rows / rows.norm(dim=1, keepdim=True)
+    near = ((unit @ unit.T).abs() > agreement).float()
+    left = torch.ones(len(unit), dtype=torch.bool)
+    density = near @ weight
+    counts, found = [], []
+    while len(found) < most:
+        centre = int(torch.where(left, density, 0).argmax())
+        if not left[centre] or density[centre] < _LEAST_COUNT:
+            break
+        counts.append(float(density[centre]))
+        found.append(_mode(unit[(near[centre] > 0) & left]))
+        taken = left & ((unit @ found[-1]).abs() > agreement)
+        taken[centre] = True
+        left &= ~taken
+        density -= near[:, taken] @ weight[taken]
+    if len(found) < 2:
+        return []
+    falls = torch.tensor(counts) / torch.tensor([*counts[1:], _LEAST_COUNT - 1.0])
+    cuts = sorted({int(i) + 1 for i in falls[1:].topk(min(2, len(falls) - 1)).indices + 1})
+    return [torch.stack(found[:cut]) for cut in cuts]
+
+
+def _mode(unit: Float[Tensor, "row d"]) -> Float[Tensor, " d"]:
+    """The direction that most of a cone's rows share, by halving the cone's angle while a quarter stays."""
+    cosines = (unit @ unit.T).abs()
+    gap = 1 - float(cosines.min())
+    least = max(_LEAST_COUNT, len(unit) // 4)
+    member, inside = 0, torch.ones(len(unit), dtype=torch.bool)
+    while gap > 1e-7:
+        counts = (cosines > 1 - gap).sum(1)
+        if int(counts.max()) < least:
+            break
+        member = int(counts.argmax())
+        inside = cosines[member] > 1 - gap
+        gap /= 4
+    signs = torch.sign(unit[inside] @ unit[member])[:, None]
+    mean = (unit[inside] * signs).mean(0)
+    return mean / mean.norm()
+
+
+def exemplar_start(reach: Reach, directions: Float[Tensor, "exemplar reach"]) -> Pieces:
+    """Pieces that each answer to one exemplar: v_c . d_c = 1 and v_c . d_b = 0 for all others where they fit.
+
+    Of the dual bases the one with least activation on the inputs is taken (the minimum-variance beamformer, Capon
+    1969). What the exemplars do not span is taken up by the v where the u span the outputs, else by singular pairs.
+    """
+    n, d = directions.shape
+    if n <= d:
+        weighted = directions / reach.power
+        v = torch.linalg.solve(weighted @ directions.T, weighted)
+    else:
+        v = torch.linalg.pinv(directions.T)
+    u = directions @ reach.weight.T
+    missing = reach.weight - u.T @ v
+    if missing.norm() > 1e-5 * reach.weight.norm():
+        if n >= u.shape[1]:
+            v = v + torch.linalg.pinv(u.T, rtol=1e-4) @ missing
+        else:
+            root = reach.power.sqrt()
+            left, sizes, right = torch.linalg.svd(missing * root, full_matrices=False)
+            kept = sizes > 1e-5 * sizes[0]
+            v, u = torch.cat([v, right[kept] / root]), torch.cat([u, (left * sizes).T[kept]])
+    return reach.lifted(v, u)
+
+
+def starts(
+    matrix: Float[Tensor, "d_out d_in"], rows: Float[Tensor, "row d_in"], effects: Float[Tensor, " row"], most: int
+) -> dict[str, Pieces]:
+    """The portfolio for one site: every start with at most `most` pieces, by name."""
+    reach = Reach(matrix, rows)
+    d_out, d_in = matrix.shape
+    found = {"svd": svd_start(reach)}
+    if d_out <= most:
+        found["rows"] = row_start(reach)
+    if d_in <= most:
+        found["columns"] = column_start(reach, matrix)
+    inputs = rows @ reach.basis
+    for agreement in (0.99, 0.9):
+        for directions in exemplars(inputs, effects, agreement, most):
+            found[f"exemplars {len(directions)} at {agreement}"] = exemplar_start(reach, directions)
+    return found
