@@ -1,1 +1,1 @@
-"""Targets with known mechanisms, the scores that judge a decomposition of them, and timings; nothing imports this."""
+"""Targets with known mechanisms, scores of a decomposition of them, and timings; nothing imports this."""

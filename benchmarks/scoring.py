@@ -1,7 +1,7 @@
 """Scores of a decomposition against a known answer: pure functions on tensors, free of the engine.
 
-No score depends on the gauge: neither on how a piece's scale is shared between its two factors, nor on the basis
-inside a component of higher rank, nor on the order of the components.
+No score depends on the gauge: neither on how a piece's scale is shared between its two factors, nor on the
+basis inside a component of higher rank, nor on the order of the components.
 """
 
 from typing import NamedTuple
@@ -37,7 +37,7 @@ class Factors(NamedTuple):
         return Factors(self.v, self.u, self.owner)
 
 
-# --------------------------------------------------------------------------- importance patterns on one-hot probes
+# ------------------------------------------------------------ importance patterns on one-hot probes
 
 
 def matched_columns(importances: Float[Tensor, "probe component"]) -> tuple[list[int], list[int]]:
@@ -49,8 +49,8 @@ def matched_columns(importances: Float[Tensor, "probe component"]) -> tuple[list
 def pattern_errors(importances: Float[Tensor, "probe component"], tolerance: float = 0.1) -> int:
     """Count where importances on one-hot probes differ from "exactly one component per feature".
 
-    Every probe's own component must be at least ``1 - tolerance``, and every other importance, surplus components
-    included, at most `tolerance`. A probe without a component counts as one error.
+    Every probe's own component must be at least ``1 - tolerance``, and every other importance, surplus
+    components included, at most `tolerance`. A probe without a component counts as one error.
 
     Source:
         SPD's ``IdentityCIError``; probes are one-hot at .75 there.
@@ -62,13 +62,16 @@ def pattern_errors(importances: Float[Tensor, "probe component"], tolerance: flo
 
 
 def dense_errors(
-    importances: Float[Tensor, "probe component"], ranks: Int[Tensor, " component"], k: int, tolerance: float = 0.1
+    importances: Float[Tensor, "probe component"],
+    ranks: Int[Tensor, " component"],
+    k: int,
+    tolerance: float = 0.1,
 ) -> int:
     """Count where importances on probes differ from "one mechanism of rank `k`".
 
-    Components are taken by falling sum of importances until their ranks sum to `k`. An error is each rank of a taken
-    component that no probe switches on (at least ``1 - tolerance``), each rank short of `k` or above it, and each
-    importance above `tolerance` of a component not taken.
+    Components are taken by falling sum of importances until their ranks sum to `k`. An error is each rank of
+    a taken component that no probe switches on (at least ``1 - tolerance``), each rank short of `k` or above
+    it, and each importance above `tolerance` of a component not taken.
 
     Args:
         importances: One row per probe.
@@ -81,8 +84,8 @@ def dense_errors(
     """
     errors, held, taken = 0, 0, torch.zeros(importances.shape[1], dtype=torch.bool)
     # A component that is never on holds no rank; it can neither fill up nor overshoot.
-    live = [c for c in importances.sum(0).argsort(descending=True).tolist() if importances[:, c].max() > tolerance]
-    for column in live:
+    by_mass = importances.sum(0).argsort(descending=True).tolist()
+    for column in [c for c in by_mass if importances[:, c].max() > tolerance]:
         if held >= k:
             break
         rank = int(ranks[column])
@@ -99,11 +102,11 @@ def active_per_input(importances: Float[Tensor, "*batch component"], threshold: 
 
 
 def true_active_per_input(target: Target, inputs: Float[Tensor, "batch d_in"]) -> float:
-    """Mean number of features that are on for an input: what `active_per_input` should be at a per-feature site."""
+    """Mean number of features that are on for an input: the true `active_per_input` of a per-feature site."""
     return target.active(inputs).double().sum(-1).mean().item()
 
 
-# --------------------------------------------------------------------------- weights of components
+# ------------------------------------------------------------ weights of components
 
 
 def inner_products(left: Factors, right: Factors) -> Float[Tensor, "left right"]:
@@ -123,8 +126,8 @@ class Matching(NamedTuple):
 
     Attributes:
         columns: Index of the component paired with each true one; -1 where there is none left.
-        relative_error: Frobenius norm of (found - true) over that of the true one; 1 where nothing is paired.
-        norm_ratio: Frobenius norm of the found component over that of the true one; 0 where nothing is paired.
+        relative_error: Frobenius norm of (found - true) over the true one's; 1 where nothing is paired.
+        norm_ratio: Frobenius norm of the found component over the true one's; 0 where nothing is paired.
     """
 
     columns: Int[Tensor, " true"]
@@ -138,7 +141,8 @@ def matching(found: Factors, truth: Factors) -> Matching:
     Accurate to about 1e-7 relative: the error comes from Gram matrices in float64.
     """
     norms, true_norms = squared_norms(found), squared_norms(truth)
-    squared = (norms + true_norms[:, None] - 2 * inner_products(truth, found)).clamp(min=0) / true_norms[:, None]
+    differences = (norms + true_norms[:, None] - 2 * inner_products(truth, found)).clamp(min=0)
+    squared = differences / true_norms[:, None]
     rows, columns = linear_sum_assignment(squared.cpu().numpy())
     result = Matching(torch.full((truth.n,), -1), torch.ones(truth.n).double(), torch.zeros(truth.n).double())
     index, chosen = torch.from_numpy(rows), torch.from_numpy(columns)
@@ -149,11 +153,12 @@ def matching(found: Factors, truth: Factors) -> Matching:
 
 
 def mean_max_cosine(found: Factors, truth: Factors) -> tuple[float, float]:
-    """Mean over features of the best cosine any component reaches, and the mean norm ratio of those components.
+    """Mean over features of the best cosine of any component, and those components' mean norm ratio.
 
-    Compared is what a component and the true piece give for the feature's own direction (TMS: a column of the first
-    matrix, a row of the last). The side is the one on which the true pieces' directions are independent. Random
-    components that sum to the matrix reach .994 on TMS 5-2, so state `random_null` beside it.
+    Compared is what a component and the true piece give for the feature's own direction (TMS: a column of the
+    first matrix, a row of the last). The side is the one on which the true pieces' directions are
+    independent. Random components that sum to the matrix reach .994 on TMS 5-2, so state `random_null` beside
+    it.
 
     Returns:
         MMCS and ML2R.
@@ -165,12 +170,17 @@ def mean_max_cosine(found: Factors, truth: Factors) -> tuple[float, float]:
         Bushnaq et al. 2025 (SPD), table 1; other sides than the columns of a matrix are ours.
     """
     if len(truth.owner) != truth.n:
-        raise ValueError(f"truth has {len(truth.owner)} rows for {truth.n} components, expected rank one each")
-    truth = Factors(truth.u[truth.owner.argsort()], truth.v[truth.owner.argsort()], torch.arange(truth.n))
+        raise ValueError(
+            f"truth has {len(truth.owner)} rows for {truth.n} components, expected rank one each"
+        )
+    order = truth.owner.argsort()
+    truth = Factors(truth.u[order], truth.v[order], truth.owner[order])
     if torch.linalg.matrix_rank(truth.v.double()) < truth.n:
         found, truth = found.transposed, truth.transposed
         if torch.linalg.matrix_rank(truth.v.double()) < truth.n:
-            raise ValueError("the true pieces' directions are linearly dependent on both sides; use `matching`")
+            raise ValueError(
+                "the true pieces' directions are linearly dependent on both sides; use `matching`"
+            )
     directions = torch.linalg.pinv(truth.v.double()).T
     cosines, ratios = [], []
     for answer, direction in zip(truth.u.double(), directions, strict=True):
@@ -185,7 +195,7 @@ def mean_max_cosine(found: Factors, truth: Factors) -> tuple[float, float]:
     return sum(cosines) / len(cosines), sum(ratios) / len(ratios)
 
 
-# --------------------------------------------------------------------------- nulls: decompositions that cannot be right
+# ------------------------------------------------------------ nulls: decompositions that cannot be right
 
 
 def random_null(matrix: Float[Tensor, "d_out d_in"], n: int, seed: int) -> Factors:
@@ -199,7 +209,9 @@ def random_null(matrix: Float[Tensor, "d_out d_in"], n: int, seed: int) -> Facto
     if matrix.shape[1] < matrix.shape[0]:
         return random_null(matrix.T, n, seed).transposed
     if n < matrix.shape[0]:
-        raise ValueError(f"n is {n}, expected at least {matrix.shape[0]} so that the components can sum to the matrix")
+        raise ValueError(
+            f"n is {n}, expected at least {matrix.shape[0]} so that the components can sum to the matrix"
+        )
     rng = torch.Generator().manual_seed(seed)
     u = torch.randn(n, matrix.shape[0], generator=rng, dtype=torch.float64).to(matrix.device)
     v = torch.linalg.pinv(u.T) @ matrix.double()
@@ -217,10 +229,12 @@ def neuron_null(matrix: Float[Tensor, "d_out d_in"], rows: bool) -> Factors:
     if not rows:
         return neuron_null(matrix.T, rows=True).transposed
     n = len(matrix)
-    return Factors(torch.eye(n, dtype=matrix.dtype, device=matrix.device), matrix, torch.arange(n, device=matrix.device))
+    return Factors(
+        torch.eye(n, dtype=matrix.dtype, device=matrix.device), matrix, torch.arange(n, device=matrix.device)
+    )
 
 
-# --------------------------------------------------------------------------- oracle: the known answer
+# ------------------------------------------------------------ oracle: the known answer
 
 
 def oracle_components(target: Target) -> dict[str, Factors]:

@@ -31,9 +31,8 @@ def mse(
     output: Float[Tensor, "*batch d_output"], target: Float[Tensor, "*batch d_output"]
 ) -> Float[Tensor, "*batch"]:
     """Mean squared error over the last dimension."""
-    return (output.float() - target.float()).square().mean(-1) if output.dtype != torch.float64 else (
-        output - target
-    ).square().mean(-1)
+    dtype = torch.float64 if output.dtype == torch.float64 else torch.float32
+    return (output.to(dtype) - target.to(dtype)).square().mean(-1)
 
 
 def kl(
@@ -86,15 +85,27 @@ def choose(divergence: str | Callable[[Any, Any], Tensor], output: Any, integer_
         TypeError: For an output without a tensor.
     """
     if callable(divergence):
-        return Divergence(getattr(divergence, "__name__", "callable"), "given by the user", divergence)
+        name = getattr(divergence, "__name__", "callable")
+        return Divergence(name, "given by the user", divergence)
     if divergence not in ("auto", "mse", "kl"):
         raise ValueError(f"divergence must be 'auto', 'mse', 'kl' or a callable, got {divergence!r}")
-    reason = "given by the user"
-    if divergence == "auto":
-        evidence = _looks_like_classes(output, output_tensor(output), integer_inputs)
-        divergence = "kl" if evidence else "mse"
-        reason = evidence or "the output is real-valued and nothing marks it as logits; pass divergence='kl' if it is"
-    function = kl if divergence == "kl" else mse
-    return Divergence(
-        divergence, reason, lambda output, target: function(output_tensor(output), output_tensor(target))
-    )
+    if divergence != "auto":
+        return named(divergence, "given by the user")
+    evidence = _looks_like_classes(output, output_tensor(output), integer_inputs)
+    if evidence:
+        return named("kl", evidence)
+    return named("mse", "the output is real-valued and nothing marks it as logits; pass divergence='kl' if it is")
+
+
+def named(name: str, reason: str, function: Callable[[Any, Any], Tensor] | None = None) -> Divergence:
+    """A divergence by its saved name.
+
+    Raises:
+        ValueError: For a user's own divergence whose callable is not given.
+    """
+    if function is not None:
+        return Divergence(name, reason, function)
+    if name not in ("mse", "kl"):
+        raise ValueError(f"the run used the divergence {name!r} of its own; pass it as divergence=")
+    metric = kl if name == "kl" else mse
+    return Divergence(name, reason, lambda output, target: metric(output_tensor(output), output_tensor(target)))

@@ -1,14 +1,16 @@
 """Interval: a box of tensors that runs through a model's own forward code.
 
-An `Interval` has a lower and an upper end for every entry of a tensor and stands in for that tensor in a module's
-`forward`. For each torch function a rule says how boxes pass through it, so that every value the function takes on
-the input box lies in the output box. A function without a rule raises `UnsupportedOperation`; nothing is guessed.
+An `Interval` has a lower and an upper end for every entry of a tensor and stands in for that tensor in a
+module's `forward`. For each torch function a rule says how boxes pass through it, so that every value the
+function takes on the input box lies in the output box. A function without a rule raises
+`UnsupportedOperation`; nothing is guessed.
 
-Rounding. All ends are float64, and every rule that rounds widens its result by `SLACK` of the sum of the absolute
-values of the terms it adds. A float64 sum of n terms, in any order, errs by at most n 2^-53 of that sum (Higham,
-Accuracy and Stability of Numerical Algorithms, section 4.2) and elementary functions by a few units in the last
-place, so 1e-9 covers sums of four million terms. Underflow (below 1e-307) is not counted. The model is meant as a
-function of real numbers: what the target itself rounds away in its own dtype is not part of a box.
+Rounding. All ends are float64, and every rule that rounds widens its result by `SLACK` of the sum of the
+absolute values of the terms it adds. A float64 sum of n terms, in any order, errs by at most n 2^-53 of that
+sum (Higham, Accuracy and Stability of Numerical Algorithms, section 4.2) and elementary functions by a few
+units in the last place, so 1e-9 covers sums of four million terms. Underflow (below 1e-307) is not counted.
+The model is meant as a function of real numbers: what the target itself rounds away in its own dtype is not
+part of a box.
 """
 
 from collections.abc import Callable, Iterator
@@ -48,10 +50,10 @@ def _method(name: str) -> Callable[..., Any]:
 class Interval:
     """A box of tensors, `lo <= x <= hi` entry by entry, usable where a module's forward expects a tensor.
 
-    Entries are independent of one another: two entries that move together in truth are bounded as if they did not.
-    An undefined end (NaN, such as the root of a negative number) makes its entry unbounded. The interval owns its
-    ends: in-place operations write to them, through views too. Casts to a floating point dtype change nothing, so
-    `dtype` is always float64.
+    Entries are independent of one another: two entries that move together in truth are bounded as if they did
+    not. An undefined end (NaN, such as the root of a negative number) makes its entry unbounded. The interval
+    owns its ends: in-place operations write to them, through views too. Casts to a floating point dtype
+    change nothing, so `dtype` is always float64.
 
     Attributes:
         lo: Lower ends, float64.
@@ -63,7 +65,9 @@ class Interval:
 
     def __init__(self, lo: Tensor, hi: Tensor):
         if lo.shape != hi.shape:
-            raise ValueError(f"ends of an interval must agree in shape, got {(*lo.shape,)} and {(*hi.shape,)}")
+            raise ValueError(
+                f"ends of an interval must agree in shape, got {(*lo.shape,)} and {(*hi.shape,)}"
+            )
         self.lo, self.hi = constant(lo), constant(hi)
         if self.hi.data_ptr() == self.lo.data_ptr():
             self.hi = self.hi.clone()
@@ -72,7 +76,9 @@ class Interval:
             self.lo = self.lo.masked_fill(undefined, -torch.inf)
             self.hi = self.hi.masked_fill(undefined, torch.inf)
         if (self.lo > self.hi).any():
-            raise ValueError("a lower end of the interval is above its upper end; pass Interval(lo, hi), lo <= hi")
+            raise ValueError(
+                "a lower end of the interval is above its upper end; pass Interval(lo, hi), lo <= hi"
+            )
 
     @staticmethod
     def of(value: "Interval | Tensor") -> "Interval":
@@ -94,7 +100,9 @@ class Interval:
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Pass boxes through one torch function by its rule."""
-        from weightdecomp._interval_layers import RULES  # the rules build intervals, so they import this module
+        from weightdecomp._interval_layers import (
+            RULES,
+        )  # the rules build intervals, so they import this module
 
         options, name = dict(kwargs or {}), str(getattr(func, "__name__", func))
         in_place = options.pop("inplace", False)
@@ -150,9 +158,12 @@ class Interval:
     __mul__ = __rmul__ = _method("mul")
     __neg__, __abs__, __getitem__ = map(_method, ("neg", "abs", "__getitem__"))
     __iadd__, __isub__, __imul__, __itruediv__ = map(_method, ("add_", "sub_", "mul_", "div_"))
-    # Branches on values have no interval form: every one of these raises UnsupportedOperation.
+    # Branches on values and rounding have no interval form: every one of these raises UnsupportedOperation.
     __eq__, __ne__, __lt__, __le__, __gt__, __ge__ = map(_method, ("eq", "ne", "lt", "le", "gt", "ge"))
     __bool__, __float__, __int__, __index__ = map(_method, ("__bool__", "__float__", "__int__", "__index__"))
+    __rpow__, __floordiv__, __rfloordiv__, __mod__ = map(
+        _method, ("__rpow__", "floor_divide", "__rfloordiv__", "remainder")
+    )
     __hash__ = object.__hash__
 
 
@@ -175,7 +186,7 @@ def ends(value: Any) -> tuple[Any, Any]:
 
 
 def widened(lo: Tensor, hi: Tensor, magnitude: Tensor | float = 0.0) -> Interval:
-    """The box of two rounded ends, moved outward by SLACK of themselves and of a magnitude; infinite ends stay."""
+    """The box of two rounded ends, moved outward by SLACK of themselves and of a magnitude."""
     # An infinite end times (1 +- SLACK) stays itself, where adding an infinite widening would be undefined.
     return Interval(
         lo * (1 - SLACK * lo.sign()) - SLACK * magnitude, hi * (1 + SLACK * hi.sign()) + SLACK * magnitude

@@ -1,4 +1,4 @@
-"""How intervals pass through softmax, normalisation, attention and dropout: rules that use what entries share."""
+"""How intervals pass through softmax, normalisation and attention, with what their entries share."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -12,7 +12,7 @@ from weightdecomp._interval import SLACK, Interval, constant, widened
 from weightdecomp._interval_rules import RULES as RULES
 from weightdecomp._interval_rules import floating, rule
 
-# --- softmax ------------------------------------------------------------------------------------------------------
+# --- softmax ---
 
 
 def _others(x: Tensor) -> Tensor:
@@ -26,7 +26,7 @@ def _others(x: Tensor) -> Tensor:
 
 
 def log_odds(x: Interval, dim: int) -> Interval:
-    """The log odds x_i - logsumexp(x_j, j != i); exact ends, since x_i occurs once. Softmax is their sigmoid."""
+    """The log odds x_i - logsumexp(x_j, j != i), whose sigmoid is softmax; exact, since x_i occurs once."""
     lo, hi = x.lo.movedim(dim, -1), x.hi.movedim(dim, -1)
     least, most = _others(lo), _others(hi)
     magnitude = sum(part.abs().nan_to_num(posinf=0) for part in (lo, hi, least, most)) + 1
@@ -34,7 +34,7 @@ def log_odds(x: Interval, dim: int) -> Interval:
     return odds.movedim(-1, dim)
 
 
-@rule("softmax softmin")
+@rule("softmax")
 def _softmax(x: Interval, dim: int, _stacklevel: Any = 3, dtype: torch.dtype | None = None) -> Interval:
     floating(dtype)
     return log_odds(x, dim).sigmoid()
@@ -46,7 +46,7 @@ def _log_softmax(x: Interval, dim: int, _stacklevel: Any = 3, dtype: torch.dtype
     return F.logsigmoid(log_odds(x, dim))  # type: ignore[reportArgumentType]
 
 
-# --- normalisation ------------------------------------------------------------------------------------------------
+# --- normalisation ---
 
 
 def _centred(x: Interval) -> Interval:
@@ -58,22 +58,25 @@ def _centred(x: Interval) -> Interval:
     return widened(center - spread, center + spread, magnitude)
 
 
-def _square_sum(x: Interval) -> tuple[Tensor, Tensor]:
-    """Ends of the sum of squares over the last dimension, also by the triangle inequality of norms."""
+def _square_sum(x: Interval, radius: Tensor) -> tuple[Tensor, Tensor]:
+    """Ends of the sum of squares over the last dimension: by entries, and by the triangle inequality."""
     squares = x.square()
-    norm, reach = x.center.norm(dim=-1, keepdim=True), x.radius.norm(dim=-1, keepdim=True)
+    norm, reach = x.center.norm(dim=-1, keepdim=True), radius.norm(dim=-1, keepdim=True)
     lo = torch.maximum(squares.lo.sum(-1, keepdim=True), (norm * (1 - SLACK) - reach).clamp_min(0).square())
     hi = torch.minimum(squares.hi.sum(-1, keepdim=True), (norm + reach).square())
     return lo * (1 - SLACK), hi * (1 + SLACK)
 
 
-def _normalised(x: Interval, eps: float) -> Interval:
-    r"""x over the root mean square of the last dimension, each entry's own square kept with it.
+def _normalised(x: Interval, radius: Tensor, eps: float) -> Interval:
+    r"""Divide by the root mean square of the last dimension, each entry's own square kept with it.
 
-    :math:`y_i = x_i / \sqrt{(x_i^2 + s) / n + \epsilon}` rises in :math:`x_i` and its size falls in
-    :math:`s = \sum_{j \ne i} x_j^2`, so its ends are at ends of the two. Never beyond :math:`\pm\sqrt n`. Source: ours.
+    The radius is that of x before centring, a projection that makes no distance from the centre longer.
+
+    :math:`y_i = x_i / \sqrt{(x_i^2 + s) / n + \epsilon}` rises in :math:`x_i` and its size falls in :math:`s
+    = \sum_{j \ne i} x_j^2`, so its ends are at ends of the two. Never beyond :math:`\pm\sqrt n`. Source:
+    ours.
     """
-    n, own, (least, most) = x.shape[-1], x.square(), _square_sum(x)
+    n, own, (least, most) = x.shape[-1], x.square(), _square_sum(x, radius)
     others_lo = (own.lo.sum(-1, keepdim=True) - own.lo - SLACK * own.lo.sum(-1, keepdim=True)).clamp_min(0)
     others_hi = (own.hi.sum(-1, keepdim=True) - own.hi + SLACK * own.hi.sum(-1, keepdim=True)).clamp_min(0)
 
@@ -100,7 +103,7 @@ def _layer_norm(
     cudnn_enable: bool = True,
 ) -> Interval:
     rows = x.flatten(-len(normalized_shape))
-    return _scaled(_normalised(_centred(rows), eps).reshape(x.shape), weight, bias)
+    return _scaled(_normalised(_centred(rows), rows.radius, eps).reshape(x.shape), weight, bias)
 
 
 @rule("rms_norm")
@@ -108,10 +111,12 @@ def _rms_norm(
     x: Interval, normalized_shape: Sequence[int], weight: Tensor | None = None, eps: float | None = None
 ) -> Interval:
     if eps is None and weight is None:
-        raise TypeError("without eps and weight its eps is that of the input's dtype, which an interval has not")
+        raise TypeError(
+            "without eps and weight its eps is that of the input's dtype, which an interval has not"
+        )
     eps = torch.finfo(weight.dtype).eps if eps is None and weight is not None else eps
     rows = x.flatten(-len(normalized_shape))
-    return _scaled(_normalised(rows, eps or 0.0).reshape(x.shape), weight, None)
+    return _scaled(_normalised(rows, rows.radius, eps or 0.0).reshape(x.shape), weight, None)
 
 
 @rule("group_norm")
@@ -125,7 +130,7 @@ def _group_norm(
 ) -> Interval:
     groups = x.reshape(x.shape[0], num_groups, -1)
     weight, bias = (None if part is None else _channels(part, x.ndim) for part in (weight, bias))
-    return _scaled(_normalised(_centred(groups), eps).reshape(x.shape), weight, bias)
+    return _scaled(_normalised(_centred(groups), groups.radius, eps).reshape(x.shape), weight, bias)
 
 
 def _channels(values: Tensor, ndim: int) -> Tensor:
@@ -151,7 +156,7 @@ def _batch_norm(
     return _scaled((x - mean) * scale, weight, bias)
 
 
-# --- attention ----------------------------------------------------------------------------------------------------
+# --- attention ---
 
 
 @rule("scaled_dot_product_attention")
@@ -184,7 +189,7 @@ def _mixture(shares: Interval, values: Interval) -> Interval:
 
 
 def _best_mixture(least: Tensor, most: Tensor, values: Tensor) -> Tensor:
-    """The largest sum_k p_k values_k with least <= p <= most and sum_k p_k = 1: fill up from the largest value."""
+    """The largest sum_k p_k values_k, least <= p <= most, sum_k p_k = 1: fill up from the largest value."""
     values, order = values.sort(dim=-2, descending=True)
     order = order.expand(*least.shape[:-2], *order.shape[-2:])
     rows = []
@@ -196,7 +201,7 @@ def _best_mixture(least: Tensor, most: Tensor, values: Tensor) -> Tensor:
     return torch.stack(rows, -2)
 
 
-# --- dropout ------------------------------------------------------------------------------------------------------
+# --- dropout ---
 
 
 @rule("dropout dropout1d dropout2d dropout3d alpha_dropout feature_alpha_dropout")

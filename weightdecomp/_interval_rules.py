@@ -37,7 +37,7 @@ def _rules(names: str, template: Callable[..., Any], **settings: Any) -> None:
     RULES.update({function: partial(template, function, **settings) for function in _functions(names)})
 
 
-# --- functions that rise in every argument ------------------------------------------------------------------------
+# --- functions that rise in every argument ---
 
 
 def _at(end: str, value: Any) -> Any:
@@ -64,7 +64,8 @@ def _rising(function: Rule, *args: Any, slack: bool = False, magnitude: float = 
     """Both ends through a non-decreasing function, which may return several tensors."""
     floating(options.pop("dtype", None))
     lo, hi = (
-        function(*_at(end, args), **{key: _at(end, value) for key, value in options.items()}) for end in ("lo", "hi")
+        function(*_at(end, args), **{key: _at(end, value) for key, value in options.items()})
+        for end in ("lo", "hi")
     )
     if isinstance(lo, Tensor):
         return widened(lo, hi, magnitude) if slack else Interval(lo, hi)
@@ -74,7 +75,7 @@ def _rising(function: Rule, *args: Any, slack: bool = False, magnitude: float = 
 
 
 def _sum(function: Rule, x: Interval, *args: Any, **options: Any) -> Interval:
-    """Sums and means: each end is widened by its own terms, which keeps sums of non-negative numbers non-negative."""
+    """Sums and means: each end is widened by its own terms, so that sums of squares stay non-negative."""
     total = _rising(function, x, *args, **options)
     terms = _rising(function, Interval(-x.lo.abs(), x.hi.abs()), *args, **options)
     return Interval(total.lo + SLACK * terms.lo, total.hi + SLACK * terms.hi)
@@ -87,24 +88,27 @@ def _fact(function: Rule, x: Interval, *args: Any, **options: Any) -> Any:
 
 _rules(
     """
-    view reshape flatten unflatten permute transpose t swapaxes swapdims movedim unsqueeze squeeze view_as reshape_as
-    chunk split tensor_split unbind narrow select index_select gather take_along_dim diagonal __getitem__ flip roll
-    cat concat concatenate stack hstack vstack expand expand_as broadcast_to repeat repeat_interleave tile contiguous
-    detach tril triu pad unfold pixel_shuffle where masked_fill relu clamp clamp_min clamp_max clip hardtanh relu6
-    maximum minimum max min amax amin max_pool1d max_pool2d max_pool3d adaptive_max_pool1d adaptive_max_pool2d
+    view reshape flatten unflatten permute transpose t swapaxes swapdims movedim unsqueeze squeeze view_as
+    reshape_as chunk split tensor_split unbind narrow select index_select gather take_along_dim diagonal
+    __getitem__ flip roll cat concat concatenate stack hstack vstack expand expand_as broadcast_to repeat
+    repeat_interleave tile contiguous detach tril triu pad unfold pixel_shuffle where masked_fill relu clamp
+    clamp_min clamp_max clip hardtanh relu6 maximum minimum max min amax amin max_pool1d max_pool2d max_pool3d
+    adaptive_max_pool1d adaptive_max_pool2d
     """,
     _rising,
 )
 _rules(
-    "exp expm1 log log1p log2 log10 sqrt tanh sigmoid erf atan asinh sinh logsigmoid softsign", _rising, slack=True
+    "exp expm1 log log1p log2 log10 sqrt tanh sigmoid erf atan asinh sinh logsigmoid softsign selu",
+    _rising,
+    slack=True,
 )
 # Here terms may cancel, to an error of some 50 units in the last place of 1.
 _rules("hardsigmoid logsumexp", _rising, slack=True, magnitude=1.0)
 _rules("sum mean cumsum avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d", _sum)
 _rules(
     """
-    size dim ndimension numel nelement stride is_contiguous is_floating_point is_complex get_device element_size
-    zeros_like ones_like full_like new_zeros new_ones new_full
+    size dim ndimension numel nelement stride is_contiguous is_floating_point is_complex get_device
+    element_size zeros_like ones_like full_like new_zeros new_ones new_full
     """,
     _fact,
 )
@@ -119,26 +123,26 @@ def _copy(x: Interval, *args: Any, **options: Any) -> Interval:
 
 
 @rule("softplus")
-def _softplus(x: Interval, beta: float = 1, threshold: float = 20) -> Interval:
-    # Above beta x = threshold torch returns x itself, a step down by exp(-threshold) / beta: at 20 below SLACK x.
+def _softplus(x: Interval, beta: float | int = 1, threshold: float | int = 20) -> Interval:
+    # Above beta x = threshold torch returns x, a step down by exp(-threshold) / beta: at 20 below SLACK x.
     if beta <= 0 or threshold < 20:
         raise TypeError("only with beta > 0 and threshold >= 20")
     return _rising(F.softplus, x, beta, threshold, slack=True)
 
 
 @rule("leaky_relu")
-def _leaky_relu(x: Interval, negative_slope: float = 0.01) -> Interval:
+def _leaky_relu(x: Interval, negative_slope: float | int = 0.01) -> Interval:
     return x.relu() - (-x).relu() * negative_slope
 
 
 @rule("elu celu")
-def _elu(x: Interval, alpha: float = 1.0) -> Interval:
+def _elu(x: Interval, alpha: float | int = 1.0) -> Interval:
     if alpha != 1:
         raise TypeError("only with alpha 1")
     return x.relu() + (-(-x).relu()).expm1()
 
 
-# --- functions that fall, then rise -------------------------------------------------------------------------------
+# --- functions that fall, then rise ---
 
 
 def _valley(function: Rule, bottom: float, x: Interval, magnitude: float = 0.0) -> Interval:
@@ -162,7 +166,7 @@ def _gelu(x: Interval, approximate: str = "none") -> Interval:
 
 
 @rule("pow")
-def _power(x: Interval, exponent: float) -> Interval:
+def _power(x: Any, exponent: Any) -> Interval:
     if not isinstance(x, Interval) or not isinstance(exponent, int | float):
         raise TypeError("only a fixed number as exponent")
     if exponent < 0:
@@ -177,7 +181,7 @@ def _inverse_root(x: Interval) -> Interval:
     return _power(x, -0.5)
 
 
-# --- arithmetic ---------------------------------------------------------------------------------------------------
+# --- arithmetic ---
 
 
 @rule("neg negative")
@@ -186,13 +190,13 @@ def _negative(x: Interval) -> Interval:
 
 
 @rule("add")
-def _add(x: Any, y: Any, *, alpha: float = 1) -> Interval:
+def _add(x: Any, y: Any, *, alpha: float | int = 1) -> Interval:
     (x_lo, x_hi), (y_lo, y_hi) = ends(x), ends(y if alpha == 1 else y * alpha)
     return widened(x_lo + y_lo, x_hi + y_hi)
 
 
 @rule("sub subtract")
-def _subtract(x: Any, y: Any, *, alpha: float = 1) -> Interval:
+def _subtract(x: Any, y: Any, *, alpha: float | int = 1) -> Interval:
     return _add(x, -(y if alpha == 1 else y * alpha))
 
 
@@ -216,15 +220,15 @@ def _divide(x: Any, y: Any) -> Interval:
     return _multiply(x, _reciprocal(y) if isinstance(y, Interval) else 1 / constant(y))
 
 
-# --- functions linear in each of their tensors --------------------------------------------------------------------
+# --- functions linear in each of their tensors ---
 
 
 def _multilinear(function: Rule, *args: Any, **options: Any) -> Interval:
     r"""A function linear in each tensor, in centre and radius form.
 
-    With :math:`x_k = c_k + d_k, |d_k| \le r_k`, and :math:`|f|` the function with every coefficient made positive,
-    :math:`|f(x) - f(c)| \le |f|(|c| + r) - |f|(|c|)`. Exact where one argument is an interval; for the product of
-    two at most 1.5 times too wide (S. M. Rump, Fast and parallel interval arithmetic, 1999).
+    With :math:`x_k = c_k + d_k, |d_k| \le r_k`, and :math:`|f|` the function with every coefficient made
+    positive, :math:`|f(x) - f(c)| \le |f|(|c| + r) - |f|(|c|)`. Exact where one argument is an interval; for
+    the product of two at most 1.5 times too wide (S. M. Rump, Fast and parallel interval arithmetic, 1999).
     """
     center = [a.center if isinstance(a, Interval) else constant(a) for a in args]
     inner = [a.abs() if isinstance(a, Tensor) else a for a in center]
@@ -265,7 +269,9 @@ def _bilinear(x: Any, y: Any, weight: Any, bias: Any = None) -> Interval:
     return rows if bias is None else _add(rows, bias)
 
 
-def _convolution(function: Rule, x: Any, weight: Any, bias: Any = None, *args: Any, **options: Any) -> Interval:
+def _convolution(
+    function: Rule, x: Any, weight: Any, bias: Any = None, *args: Any, **options: Any
+) -> Interval:
     maps = _multilinear(function, x, weight, None, *args, **options)
     return maps if bias is None else _add(maps, bias.reshape(-1, *[1] * (weight.ndim - 2)))
 

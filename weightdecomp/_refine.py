@@ -143,6 +143,10 @@ class Refiner:
         """The components as they are now, in the sites' own coordinates."""
         return {path: self.frames[path].lifted(own) for path, own in self.reduced.items()}
 
+    def detached(self) -> dict[str, Pieces]:
+        """The components as they are now, as plain tensors."""
+        return {path: Pieces(own.v.detach(), own.u.detach(), own.owner) for path, own in self.pieces().items()}
+
     def step(self, batch: Batch, thresholds: Mapping[str, Tensor], step: int, price: float) -> Terms:
         """One gradient step on one batch, one ascent step of the adversary, and back to the exact sum."""
         ablation = self.ablation

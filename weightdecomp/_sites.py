@@ -310,6 +310,13 @@ def find_sites(
     return tuple(sites), tuple(skipped)
 
 
+def bound_site(model: nn.Module, path: str, n_calls: int) -> Site | None:
+    """The site at a module path of a model, or None where there is no weight matrix."""
+    module = dict(model.named_modules()).get(path)
+    kind = _site_class(module) if module is not None else None
+    return kind(path, module, n_calls) if kind else None
+
+
 def _matching(paths: Sequence[str], patterns: Sequence[str] | None) -> set[str]:
     if patterns is None:
         return set(paths)

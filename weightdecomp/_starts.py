@@ -45,7 +45,7 @@ def svd_start(reach: Reach) -> Pieces:
 
 def row_start(reach: Reach) -> Pieces:
     """One piece an output coordinate (a neuron before its nonlinearity)."""
-    return reach.lifted(reach.weight, torch.eye(len(reach.weight), dtype=reach.weight.dtype))
+    return reach.lifted(reach.weight, torch.eye(len(reach.weight), dtype=reach.weight.dtype, device=reach.weight.device))
 
 
 def column_start(reach: Reach, matrix: Float[Tensor, "d_out d_in"]) -> Pieces:
@@ -70,15 +70,15 @@ def exemplars(
         most: At most so many directions.
 
     Returns:
-        One or two sets of directions, for the two steepest falls of density.
+        Up to three sets of directions: cut at the two steepest falls of density, and all.
     """
     weight = (effects / effects.mean()).clamp_max(1)
     best = weight.topk(min(_SAMPLE, len(rows))).indices.sort().values
     best = best[weight[best] > _LEAST_WEIGHT]
     rows, weight = rows[best], weight[best]
     unit = rows / rows.norm(dim=1, keepdim=True)
-    near = ((unit @ unit.T).abs() > agreement).float()
-    left = torch.ones(len(unit), dtype=torch.bool)
+    near = ((unit @ unit.T).abs() > agreement).to(unit.dtype)
+    left = torch.ones(len(unit), dtype=torch.bool, device=unit.device)
     density = near @ weight
     counts, found = [], []
     while len(found) < most:
@@ -90,11 +90,12 @@ def exemplars(
         taken = left & ((unit @ found[-1]).abs() > agreement)
         taken[centre] = True
         left &= ~taken
-        density -= near[:, taken] @ weight[taken]
+        density -= weight[taken] @ near[taken]
     if len(found) < 2:
         return []
     falls = torch.tensor(counts) / torch.tensor([*counts[1:], _LEAST_COUNT - 1.0])
-    cuts = sorted({int(i) + 1 for i in falls[1:].topk(min(2, len(falls) - 1)).indices + 1})
+    steepest = falls[1:].topk(min(2, len(falls) - 1)).indices + 2
+    cuts = sorted({len(found), *steepest.tolist()})
     return [torch.stack(found[:cut]) for cut in cuts]
 
 
@@ -103,7 +104,7 @@ def _mode(unit: Float[Tensor, "row d"]) -> Float[Tensor, " d"]:
     cosines = (unit @ unit.T).abs()
     gap = 1 - float(cosines.min())
     least = max(_LEAST_COUNT, len(unit) // 4)
-    member, inside = 0, torch.ones(len(unit), dtype=torch.bool)
+    member, inside = 0, torch.ones(len(unit), dtype=torch.bool, device=unit.device)
     while gap > 1e-7:
         counts = (cosines > 1 - gap).sum(1)
         if int(counts.max()) < least:
@@ -119,15 +120,11 @@ def _mode(unit: Float[Tensor, "row d"]) -> Float[Tensor, " d"]:
 def exemplar_start(reach: Reach, directions: Float[Tensor, "exemplar reach"]) -> Pieces:
     """Pieces that each answer to one exemplar: v_c . d_c = 1 and v_c . d_b = 0 for all others where they fit.
 
-    Of the dual bases the one with least activation on the inputs is taken (the minimum-variance beamformer, Capon
-    1969). What the exemplars do not span is taken up by the v where the u span the outputs, else by singular pairs.
+    The v are the rows of the pseudo-inverse of the exemplars and u_c = W d_c. What the exemplars do not span is taken
+    up by the v where the u span the outputs, else by singular pairs of the rest.
     """
-    n, d = directions.shape
-    if n <= d:
-        weighted = directions / reach.power
-        v = torch.linalg.solve(weighted @ directions.T, weighted)
-    else:
-        v = torch.linalg.pinv(directions.T)
+    n = len(directions)
+    v = torch.linalg.pinv(directions.T)
     u = directions @ reach.weight.T
     missing = reach.weight - u.T @ v
     if missing.norm() > 1e-5 * reach.weight.norm():
@@ -142,10 +139,13 @@ def exemplar_start(reach: Reach, directions: Float[Tensor, "exemplar reach"]) ->
 
 
 def starts(
-    matrix: Float[Tensor, "d_out d_in"], rows: Float[Tensor, "row d_in"], effects: Float[Tensor, " row"], most: int
+    matrix: Float[Tensor, "d_out d_in"],
+    reach: Reach,
+    rows: Float[Tensor, "row d_in"],
+    effects: Float[Tensor, " row"],
+    most: int,
 ) -> dict[str, Pieces]:
     """The portfolio for one site: every start with at most `most` pieces, by name."""
-    reach = Reach(matrix, rows)
     d_out, d_in = matrix.shape
     found = {"svd": svd_start(reach)}
     if d_out <= most:

@@ -1,0 +1,19 @@
+"""Decompose a trained model's weights into circuits, at a stated damage under the worst ablation found."""
+
+from weightdecomp._circuits import Circuit
+from weightdecomp._config import Config
+from weightdecomp._decompose import NumericalWarning, decompose
+from weightdecomp._decomposition import Component, Decomposition
+from weightdecomp._ledger import Ledger
+from weightdecomp._save import load
+
+__all__ = [
+    "Circuit",
+    "Component",
+    "Config",
+    "Decomposition",
+    "Ledger",
+    "NumericalWarning",
+    "decompose",
+    "load",
+]

@@ -1,0 +1,65 @@
+"""Checkpoints: a run's progress on disk, so that a killed run ends where an unbroken one would."""
+
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from weightdecomp import _storage
+
+_KIND = "checkpoint"
+_SHARE = 0.05  # of the run's time at most is spent on writing checkpoints
+_LEAST = 0.5  # seconds between two of them
+
+
+class Checkpoint:
+    """Progress of one run in a folder; without a folder it keeps nothing.
+
+    Attributes:
+        tensors: What was last saved or loaded.
+        document: The same, for plain values.
+    """
+
+    def __init__(self, directory: str | Path | None, key: Mapping[str, Any]) -> None:
+        """Open a folder that is empty, new, or holds the same run.
+
+        Raises:
+            ValueError: If the folder holds another run, naming what differs, or something else.
+        """
+        self.directory = None if directory is None else Path(directory)
+        self.key = dict(key)
+        self.tensors: dict[str, Tensor] = {}
+        self.document: dict[str, Any] = {}
+        self._written, self._cost = time.monotonic(), 0.0
+        if self.directory is None:
+            return
+        _storage.check_vacant(self.directory, _KIND)
+        if _storage.exists(self.directory, _KIND):
+            tensors, document = _storage.read(self.directory, _KIND)
+            self._same_run(document["key"])
+            self.tensors, self.document = dict(tensors), document
+
+    def _same_run(self, saved: Mapping[str, Any]) -> None:
+        different = sorted(name for name in {*saved, *self.key} if saved.get(name) != self.key.get(name))
+        if different:
+            raise ValueError(
+                f"checkpoint={str(self.directory)!r} holds another run: {', '.join(different)} differ; "
+                "choose an empty folder, or repeat that run's call to resume it"
+            )
+
+    def keep(self, tensors: Mapping[str, Tensor], document: Mapping[str, Any], now: bool = False) -> None:
+        """Add to what is kept, and write it to disk when due (or at once)."""
+        self.tensors |= tensors
+        self.document |= document
+        due = time.monotonic() - self._written > max(_LEAST, self._cost / _SHARE)
+        if self.directory is not None and (now or due):
+            started = time.monotonic()
+            _storage.write(self.directory, _KIND, self.tensors, {**self.document, "key": self.key})
+            self._written = time.monotonic()
+            self._cost = self._written - started
+
+    def under(self, prefix: str) -> dict[str, Tensor]:
+        """Kept tensors whose name begins with a prefix, by the rest of their names."""
+        return {name[len(prefix) :]: x for name, x in self.tensors.items() if name.startswith(prefix)}

@@ -1,0 +1,188 @@
+"""The fit: components from the portfolio, and the gates that a given tolerance can afford."""
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from weightdecomp._attack import Ablation, strongest
+from weightdecomp._batches import call, select, size, tensors
+from weightdecomp._config import Config
+from weightdecomp._divergence import Divergence
+from weightdecomp._effects import Trade, effects, highest_price, opened
+from weightdecomp._forward import Masks, inner_activations, masked
+from weightdecomp._ledger import Ledger, price
+from weightdecomp._pieces import Pieces
+from weightdecomp._refine import Frame, frame
+from weightdecomp._sample import Sample, site_rows
+from weightdecomp._sites import Site
+from weightdecomp._starts import Reach, starts
+
+_ROUNDS = 10  # bisections of the price
+_SCOUT = (8, 2)  # steps and restarts of the attack inside the bisection
+REVIEW = (160, 3)  # and of the attack that a result must withstand
+_ATTACKED = 1024  # inputs that either attack uses
+_SHARE = 0.9  # share of the tolerance aimed at, so that longer attacks still meet it
+
+
+class Start(NamedTuple):
+    """The start that the ledger chose for a site.
+
+    Attributes:
+        name: Which member of the portfolio.
+        pieces: Its components.
+        frame: Where they may move.
+        bits: Bits per input of every member, cheapest first.
+    """
+
+    name: str
+    pieces: Pieces
+    frame: Frame
+    bits: dict[str, float]
+
+
+class Gated(NamedTuple):
+    """Gates of all sites and what they cost.
+
+    Attributes:
+        thresholds: Per site, where each arm opens.
+        importances: On the sample.
+        price: Divergence that one open gate on one input was worth.
+        damage: Adversarial damage under the run's own review attack.
+        ledger: Bits of the sample.
+    """
+
+    thresholds: dict[str, Float[Tensor, "arm=2 component"]]
+    importances: Masks
+    price: float
+    damage: float
+    ledger: Ledger
+
+
+@torch.no_grad()
+def chosen_start(
+    model: nn.Module, sample: Sample, site: Site, divergence: Divergence, tolerance: float, config: Config
+) -> Start:
+    """Let the ledger choose among the portfolio: the fewest bits per input at the tolerance, this site alone masked."""
+    matrix = site.matrix()
+    rows, hits = site_rows(model, sample, site, divergence)
+    reach = Reach(matrix, rows)
+    most = max(2, int(config.capacity * min(matrix.shape)))
+    portfolio = starts(matrix, reach, rows, hits, most)
+    bits = {name: _bits_alone(model, sample, site, pieces, divergence, tolerance) for name, pieces in portfolio.items()}
+    order = sorted(bits, key=lambda name: bits[name])
+    best = portfolio[order[0]]
+    return Start(order[0], best, frame(reach.basis, matrix, best), {name: bits[name] for name in order})
+
+
+def _bits_alone(
+    model: nn.Module, sample: Sample, site: Site, pieces: Pieces, divergence: Divergence, tolerance: float
+) -> float:
+    """Naming and values per input of one site's pieces, at the gates that the tolerance affords under zero-ablation.
+
+    The dictionary is left out: it is paid once, and every member of the portfolio stores the same weight.
+    """
+    inner = inner_activations(sample.record, site, pieces)
+    sizes = [pieces.activations(h) for h in inner]
+    trade = _trade(pieces, inner, sizes, sample.sensitivity[site.path])
+
+    def damage(price: float) -> float:
+        thresholds = trade.thresholds(price)
+        masks = {site.path: [opened(a, thresholds) for a in sizes]}
+        output = masked(model, sample.batch, [site], {site.path: pieces}, masks)
+        return float(divergence(output, sample.record.output).mean())
+
+    best = highest_price(damage, tolerance * sample.nothing, trade.typical * 1e-6, trade.typical * 10, _ROUNDS)
+    thresholds = trade.thresholds(best)
+    frequency = _frequency([opened(a, thresholds) for a in sizes])
+    return price(_n_rows(sizes), tolerance, [frequency], [pieces.ranks()], [site.shape]).per_input
+
+
+def _trade(
+    pieces: Pieces, inner: Sequence[Tensor], sizes: Sequence[Tensor], sensitivity: Sequence[Tensor]
+) -> Trade:
+    hits = [effects(h, pieces, s) for h, s in zip(inner, sensitivity, strict=True)]
+    return Trade(torch.cat([a.flatten(0, -2) for a in sizes]), torch.cat([e.flatten(0, -2) for e in hits]))
+
+
+def _frequency(importances: Sequence[Tensor]) -> Float[Tensor, " component"]:
+    return torch.cat([g.flatten(0, -2) for g in importances]).mean(0)
+
+
+def _n_rows(tensors_: Sequence[Tensor]) -> int:
+    return sum(x[..., 0].numel() for x in tensors_)
+
+
+class Gatekeeper:
+    """Finds the highest price of an open gate at which the adversarial damage still meets the tolerance."""
+
+    def __init__(self, ablation: Ablation, sample: Sample, tolerance: float, seed: int) -> None:
+        """Compute every component's activations and effects on the sample."""
+        self.ablation, self.sample, self.tolerance, self.seed = ablation, sample, tolerance, seed
+        n = min(size(sample.batch), _ATTACKED)
+        self.index = torch.arange(n, device=tensors(sample.batch)[0].device)
+        self.part = select(sample.batch, self.index)
+        with torch.no_grad():
+            self.target = call(ablation.model, self.part)
+        self.sizes: dict[str, list[Tensor]] = {}
+        self.trades: dict[str, Trade] = {}
+        with torch.no_grad():
+            for site in ablation.sites:
+                pieces = ablation.pieces[site.path]
+                inner = inner_activations(sample.record, site, pieces)
+                self.sizes[site.path] = [pieces.activations(h) for h in inner]
+                sensitivity = sample.sensitivity[site.path]
+                self.trades[site.path] = _trade(pieces, inner, self.sizes[site.path], sensitivity)
+
+    def gates(self) -> Gated:
+        """Bisect the price under a short attack; where a longer one does more damage, aim lower."""
+        limit, found = _SHARE * self.tolerance, None
+        for _ in range(4):
+            best = self._affordable(limit)
+            damage = self._damage(best, REVIEW)
+            found = Gated(*self._opened(best), best, damage, self._ledger(best))
+            if damage <= self.tolerance:
+                break
+            limit *= _SHARE * self.tolerance / damage
+        assert found is not None
+        return found
+
+    def _affordable(self, limit: float) -> float:
+        nothing = self.sample.nothing
+        return highest_price(lambda p: self._damage(p, _SCOUT), limit, nothing * 1e-7, nothing * 10, _ROUNDS)
+
+    def _opened(self, price: float) -> tuple[dict[str, Tensor], Masks]:
+        thresholds = {path: trade.thresholds(price) for path, trade in self.trades.items()}
+        return thresholds, {path: [opened(a, thresholds[path]) for a in calls] for path, calls in self.sizes.items()}
+
+    def _damage(self, price: float, attack: tuple[int, int]) -> float:
+        steps, restarts = attack
+        n, index = size(self.sample.batch), self.index
+        importances = self._opened(price)[1]
+        masks = {path: [g[index] if len(g) == n else g for g in calls] for path, calls in importances.items()}
+        rng = torch.Generator(device=index.device).manual_seed(self.seed)
+        found = strongest(self.ablation, self.part, self.target, masks, [steps], restarts, False, rng)
+        return float(found.max()) / self.sample.nothing
+
+    def _ledger(self, best: float) -> Ledger:
+        importances = self._opened(best)[1]
+        sites = self.ablation.sites
+        masks = {path: [g + (1 - g) / 2 for g in calls] for path, calls in importances.items()}
+        with torch.no_grad():
+            output = masked(self.ablation.model, self.sample.batch, sites, self.ablation.pieces, masks)
+            divergence = float(self.ablation.divergence(output, self.sample.record.output).mean())
+        return price(
+            max(_n_rows(calls) for calls in importances.values()),
+            self.tolerance,
+            [_frequency(importances[site.path]) for site in sites],
+            [self.ablation.pieces[site.path].ranks() for site in sites],
+            [site.shape for site in sites],
+            divergence,
+        )
+
+
+def frequencies(importances: Masks) -> Mapping[str, Float[Tensor, " component"]]:
+    """Share of the sample's rows on which each component is active."""
+    return {path: _frequency(calls) for path, calls in importances.items()}

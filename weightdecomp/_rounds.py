@@ -1,0 +1,98 @@
+"""Rounds: refinement in rounds, each kept only if the ledger got smaller at the same tolerance."""
+
+import math
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+
+from weightdecomp._attack import Ablation
+from weightdecomp._batches import Batch, select, size, tensors
+from weightdecomp._checkpoint import Checkpoint
+from weightdecomp._config import Config
+from weightdecomp._fit import Gated, Gatekeeper
+from weightdecomp._pieces import Pieces
+from weightdecomp._progress import Progress
+from weightdecomp._refine import Frame, Refiner
+from weightdecomp._sample import Sample
+
+_BETTER = 0.99  # a round must save at least one bit in a hundred to be kept
+
+
+class Refined(NamedTuple):
+    """Components and gates after the rounds that were kept.
+
+    Attributes:
+        ablation: With the refined components.
+        gated: Their gates.
+        steps: Steps that were kept.
+    """
+
+    ablation: Ablation
+    gated: Gated
+    steps: int
+
+
+def refined(
+    ablation: Ablation,
+    frames: Mapping[str, Frame],
+    sample: Sample,
+    tolerance: float,
+    config: Config,
+    seed: int,
+    bar: Progress,
+    saved: Checkpoint,
+) -> Refined:
+    """Open the gates, then refine in rounds until one no longer pays."""
+    kept_steps = saved.document.get("kept_steps", 0)
+    if kept_steps:
+        ablation = ablation._replace(pieces=_loaded(saved, "best|", ablation))
+    best = Refined(ablation, Gatekeeper(ablation, sample, tolerance, seed).gates(), kept_steps)
+    rng = torch.Generator(device=tensors(sample.batch)[0].device).manual_seed(seed + 1)
+    refiner = Refiner(ablation, frames, sample.nothing, config, rng)
+    first = saved.document.get("step", 0)
+    if first:
+        refiner.restore(saved.under("refiner|"))
+    if saved.document.get("finished"):
+        first = config.steps
+    bar.now("refining", first)
+    per_round = max(1, math.ceil(config.steps / config.rounds))
+    for step in range(first, config.steps):
+        batch = _drawn(sample.batches, config.batch, rng)
+        terms = refiner.step(batch, best.gated.thresholds, step, best.gated.price / sample.nothing)
+        bar.step(step, terms.as_dict())
+        if (step + 1) % per_round == 0 or step + 1 == config.steps:
+            trial = ablation._replace(pieces=refiner.detached())
+            gated = Gatekeeper(trial, sample, tolerance, seed).gates()
+            if not _cheaper(gated, best.gated, tolerance):
+                break
+            best = Refined(trial, gated, step + 1)
+            saved.keep(_tensors("best|", trial.pieces), {"kept_steps": step + 1})
+        saved.keep({f"refiner|{k}": x for k, x in refiner.state().items()}, {"step": step + 1})
+    saved.keep({}, {"finished": True}, now=True)
+    return best
+
+
+def _cheaper(new: Gated, old: Gated, tolerance: float) -> bool:
+    if new.damage > tolerance >= old.damage:
+        return False
+    return new.ledger.per_input < _BETTER * old.ledger.per_input
+
+
+def _drawn(batches: list[Batch], n: int, rng: torch.Generator) -> Batch:
+    """Random inputs of one batch."""
+    pick = int(torch.randint(len(batches), (1,), generator=rng, device=rng.device)) if len(batches) > 1 else 0
+    index = torch.randint(size(batches[pick]), (n,), generator=rng, device=rng.device)
+    return select(batches[pick], index)
+
+
+def _tensors(prefix: str, pieces: Mapping[str, Pieces]) -> dict[str, torch.Tensor]:
+    return {f"{prefix}{path}|{name}": x for path, own in pieces.items() for name, x in own._asdict().items()}
+
+
+def _loaded(saved: Checkpoint, prefix: str, ablation: Ablation) -> dict[str, Pieces]:
+    device = next(iter(ablation.pieces.values())).v.device
+    found = saved.under(prefix)
+    return {
+        path: Pieces(*(found[f"{path}|{name}"].to(device) for name in Pieces._fields)) for path in ablation.pieces
+    }

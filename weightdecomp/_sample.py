@@ -1,0 +1,124 @@
+"""The sample: the inputs a run computes on, with what the target does on them, recorded once."""
+
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from weightdecomp._batches import Batch, joined, read_batches, select, size, tensors
+from weightdecomp._divergence import Divergence
+from weightdecomp._effects import sensitivities
+from weightdecomp._forward import Record, masked, recorded
+from weightdecomp._pieces import Pieces
+from weightdecomp._sites import Site
+
+_MOST_ROWS = 32_768  # rows that a site's reach and exemplars are taken from
+_MOST_NUMBERS = 1 << 26  # and at most so many numbers, for wide sites
+
+
+class Sample(NamedTuple):
+    """Inputs with the target's record on them.
+
+    Attributes:
+        batches: All inputs, in as few batches as their shapes allow.
+        batch: The inputs that thresholds are computed on.
+        record: The target's output on `batch` and what its sites were called with.
+        sensitivity: Per site and call, gradients of random output projections at the site's output.
+        nothing: Divergence with everything ablated: what a damage of 1 is.
+    """
+
+    batches: list[Batch]
+    batch: Batch
+    record: Record
+    sensitivity: dict[str, list[Float[Tensor, "probe *batch d_out"]]]
+    nothing: float
+
+
+def ablated_entirely(
+    model: nn.Module, batch: Batch, sites: Sequence[Site], divergence: Divergence, target: Any
+) -> Float[Tensor, "*batch"]:
+    """Divergence per input when the given sites output nothing but their biases."""
+    empty = {}
+    for site in sites:
+        matrix = site.matrix()
+        owner = torch.zeros(1, dtype=torch.long, device=matrix.device)
+        empty[site.path] = Pieces(torch.zeros_like(matrix[:1]), torch.zeros_like(matrix[:, :1].T), owner)
+    masks = {site.path: [torch.zeros_like(empty[site.path].v[0, :1])] * site.n_calls for site in sites}
+    with torch.no_grad():
+        return divergence(masked(model, batch, sites, empty, masks), target)
+
+
+def taken(
+    model: nn.Module,
+    batches: Sequence[Batch],
+    sites: Sequence[Site],
+    divergence: Divergence,
+    rows: int,
+    rng: torch.Generator,
+) -> Sample:
+    """Record the target on about `rows` rows of the inputs.
+
+    Raises:
+        ValueError: If ablating everything changes nothing, so that no damage can be measured.
+    """
+    whole = joined(batches)
+    largest = max(whole, key=size)
+    per_input = _rows_per_input(model, largest, sites)
+    wanted = min(size(largest), max(1, rows // per_input))
+    batch = select(largest, torch.arange(wanted, device=tensors(largest)[0].device))
+    record = recorded(model, batch, sites)
+    nothing = float(ablated_entirely(model, batch, sites, divergence, record.output).mean())
+    if not nothing > 0:
+        paths = [site.path for site in sites]
+        raise ValueError(
+            f"ablating {paths} altogether does not change the output on the given batches: nothing to decompose; "
+            "pass inputs on which these weights matter, or other sites="
+        )
+    sensitivity = {
+        site.path: sensitivities(model, batch, site, record, divergence.name, rng) for site in sites
+    }
+    return Sample(whole, batch, record, sensitivity, nothing)
+
+
+def _rows_per_input(model: nn.Module, batch: Batch, sites: Sequence[Site]) -> int:
+    one = select(batch, torch.arange(1, device=tensors(batch)[0].device))
+    operands = recorded(model, one, sites).operands
+    counts = [site.read(call, site.matrix()[:1]).numel() for site in sites for call in operands[site.path]]
+    return max(counts)
+
+
+def site_rows(
+    model: nn.Module, sample: Sample, site: Site, divergence: Divergence
+) -> tuple[Float[Tensor, "row d_in"], Float[Tensor, " row"]]:
+    """Input rows of a site over all batches, and the divergence when the whole site is ablated there."""
+    most = max(1, min(_MOST_ROWS, _MOST_NUMBERS // site.shape[1]))
+    rows, effects, n = [], [], 0
+    for batch in sample.batches:
+        record = recorded(model, batch, [site])
+        hit = ablated_entirely(model, batch, [site], divergence, record.output)
+        for operands in record.operands[site.path]:
+            found = site.vectors(operands)
+            rows.append(found.reshape(-1, found.shape[-1])[: most - n])
+            effects.append(_per_row(hit, found.shape[:-1]).reshape(-1)[: most - n].to(found.dtype))
+            n += len(rows[-1])
+        if n >= most:
+            break
+    return torch.cat(rows), torch.cat(effects)
+
+
+def _per_row(divergence: Tensor, shape: Iterable[int]) -> Tensor:
+    """A divergence per input or position, spread over a site's rows."""
+    shape = tuple(shape)
+    if divergence.shape == shape:
+        return divergence
+    if divergence.ndim and shape and len(divergence) == shape[0]:
+        per_input = divergence.reshape(len(divergence), -1).mean(1)
+        return per_input.reshape(-1, *[1] * (len(shape) - 1)).expand(shape)
+    return divergence.mean().expand(shape)
+
+
+def checked_batches(batches: Iterable[Batch], model: nn.Module) -> list[Batch]:
+    """All batches, read once and checked."""
+    return read_batches(batches, model)
