@@ -26,14 +26,13 @@ def masked_site_output(
 ) -> Interval:
     r"""The box of a site's output rows over all masks, with every source free in [0, 1] at every row.
 
-    A row is :math:`y = \sum_c m_c W_c x + m' R x + b` with :math:`m_c \in [g_c, 1]` and :math:`m' \in [0, 1]`.
+    A row is :math:`y = \sum_c m_c W_c x + m' R x + b`, with :math:`m_c` in [g_c, 1] and :math:`m'` in [0, 1].
     Sources shared across rows are part of this box, so the bound holds for them too. With
-    :math:`z_c = (W_c x)_j`, :math:`\bar m = (1 + g) / 2` and :math:`\rho = (1 - g) / 2`, the largest :math:`y_j` at a
-    given x is :math:`\sum_c \bar m_c z_c + \rho_c |z_c|`. Over a box of x, :math:`|z_c|` is at most its chord
-    :math:`s_c z_c + t_c` on the range of :math:`z_c`, which leaves one linear function of x, whose largest
-    value on a box is exact. So components cancel in the bound as they do in the weights: it is never above
-    the sum of the components' own bounds, nor above the bound of W x plus that of all that masks can take
-    away.
+    :math:`z_c = (W_c x)_j`, :math:`\bar m = (1 + g) / 2` and :math:`\rho = (1 - g) / 2`, the largest
+    :math:`y_j` at a given x is :math:`\sum_c \bar m_c z_c + \rho_c |z_c|`. Over a box of x, :math:`|z_c|` is
+    at most its chord :math:`s_c z_c + t_c` on the range of :math:`z_c`, which leaves one linear function of x
+    whose largest value is exact. So components cancel in the bound as they do in the weights: it is never
+    above the sum of the components' own bounds, nor above the bound of W x plus that of all that masks take.
 
     Args:
         x: The site's input rows, (*batch, d_in).

@@ -7,7 +7,7 @@
    adversarial damage meets the tolerance. There is no sparsity coefficient.
 5. Refine: gradient steps on the components under random and adversarial ablations, exact at every moment; after every
    round the gates are recomputed, and the round is kept only if the ledger got smaller.
-6. Price a null (the same weights in random order), group components into circuits, and return.
+6. Price a null (weights of the same norms in random directions), group components into circuits, and return.
 
 Not here: training gate networks, choosing a divergence from labels, decomposing vectors.
 """
@@ -37,11 +37,11 @@ from weightdecomp._progress import Progress
 from weightdecomp._refine import frame
 from weightdecomp._rounds import refined
 from weightdecomp._sample import Sample, taken
-from weightdecomp._shuffle import null_bits
+from weightdecomp._null import effort, null_effort
 from weightdecomp._sites import Site, find_sites
 from weightdecomp._storage import digest as weights_digest
 
-_CHEAPER = 0.9  # a decomposition compresses when it costs less than this share of dense and null
+_CHEAPER = 0.9  # a decomposition compresses when it costs less than this share of its null
 
 
 class NumericalWarning(UserWarning):
@@ -104,9 +104,10 @@ def decompose(
         frames = {path: start.frame for path, start in starts.items()}
         best = refined(ablation, frames, sample, tolerance, config, seed, bar, saved)
         bar.now("null")
-        null = null_bits(model, kept, found, metric, tolerance, config, seed)
+        spent = effort(model, sample, found, sum(start.bits[start.name] for start in starts.values()), tolerance)
+        null = null_effort(model, sample.batches, found, metric, tolerance, config, seed)
     parts = _parts(best.ablation.pieces, best.gated, {path: start.name for path, start in starts.items()})
-    outcome = _outcome(best.gated, best.steps, starts, tolerance, null)
+    outcome = _outcome(best.gated, best.steps, starts, tolerance, spent, null)
     if not outcome.converged:
         warnings.warn(outcome.reason, NumericalWarning, stacklevel=2)
     ranks = {path: part.pieces.ranks() for path, part in parts.items()}
@@ -166,11 +167,11 @@ def _start(
     if known:
         values = {name: x.to(site.weight.device) for name, x in known.items()}
         pieces = Pieces(values["v"], values["u"], values["owner"])
-        name = saved.document["starts"][site.path]
-        return Start(name, pieces, frame(values["basis"], site.matrix(), pieces), {})
+        name, bits = saved.document["starts"][site.path]
+        return Start(name, pieces, frame(values["basis"], site.matrix(), pieces), bits)
     start = chosen_start(model, sample, site, divergence, tolerance, config)
     found = {**start.pieces._asdict(), "basis": start.frame.basis}
-    names = {**saved.document.get("starts", {}), site.path: start.name}
+    names = {**saved.document.get("starts", {}), site.path: [start.name, start.bits]}
     saved.keep({prefix + name: x for name, x in found.items()}, {"starts": names})
     return start
 
@@ -185,27 +186,21 @@ def _parts(pieces: Mapping[str, Pieces], gated: Gated, names: Mapping[str, str])
 
 
 def _outcome(
-    gated: Gated, steps: int, starts: Mapping[str, Start], tolerance: float, null: float
+    gated: Gated, steps: int, starts: Mapping[str, Start], tolerance: float, spent: float, null: float
 ) -> Outcome:
     dense = value_bits(tolerance) * sum(_rank(start) for start in starts.values())
-    bits = gated.ledger.per_input
-    cheaper = {"dense": bits < _CHEAPER * dense, "null": bits < _CHEAPER * null}
-    if all(cheaper.values()):
-        verdict = f"compresses: {bits:.2f} bits per input against {dense:.2f} dense and {null:.2f} with shuffled weights"
-    else:
-        against = " and ".join(
-            text
-            for name, text in (("dense", f"{dense:.2f} dense"), ("null", f"{null:.2f} with shuffled weights"))
-            if not cheaper[name]
-        )
-        verdict = f"nothing compresses: {bits:.2f} bits per input against {against}; claim no mechanisms"
+    compresses = spent < _CHEAPER * null
+    against = f"{spent:.2f} bits per bit of behaviour, {null:.2f} with random directions"
+    verdict = f"compresses: {against}" if compresses else f"nothing compresses: {against}; claim no mechanisms"
     converged = gated.damage <= tolerance
     relation = "within" if converged else "above"
     reason = (
         f"{gated.damage:.4f} after {REVIEW[0]} steps x {REVIEW[1]} restarts on the run's inputs, "
         f"{relation} the tolerance {tolerance:g}"
     )
-    return Outcome(converged, reason, gated.damage, all(cheaper.values()), verdict, gated.ledger, dense, null, steps)
+    return Outcome(
+        converged, reason, gated.damage, compresses, verdict, spent, null, gated.ledger, dense, steps
+    )
 
 
 def _rank(start: Start) -> int:

@@ -77,11 +77,12 @@ class Outcome:
         converged: Whether the adversarial damage met the tolerance.
         reason: The damage, the attack budget and the tolerance, in words.
         damage: Adversarial damage found by the run's own attack.
-        compresses: Whether the decomposition is cheaper than the dense model and than its null.
+        compresses: Whether the components cost clearly less per bit of behaviour than those of random weights.
         verdict: That finding in words.
+        effort: Bits of the starts per bit of the behaviour that the weights make.
+        null_effort: The same for weights of the same norms in random directions.
         ledger: Bits of the run's sample.
         dense_bits: Bits per input with every rank of every site always active.
-        null_bits: Bits per input of the same weights in random order, decomposed the same way.
         steps: Refinement steps that were kept.
     """
 
@@ -90,9 +91,10 @@ class Outcome:
     damage: float
     compresses: bool
     verdict: str
+    effort: float
+    null_effort: float
     ledger: Ledger
     dense_bits: float
-    null_bits: float
     steps: int
 
 

@@ -62,6 +62,24 @@ def dictionary_bits(
     return numbers * 0.5 * torch.log2(1 + n_inputs * frequency)
 
 
+def behaviour_bits(change: Float[Tensor, "row d_output"], tolerance: float) -> float:
+    """Bits per row to describe output changes to a relative mean squared error of `tolerance`.
+
+    The rate-distortion function of a Gaussian with the changes' second moment (reverse water-filling, Cover and
+    Thomas, theorem 10.3.3): an upper bound for any source with that second moment.
+    """
+    power = torch.linalg.eigvalsh(change.double().T @ change.double() / len(change)).clamp_min(0)
+    level, above = 0.0, float(power.max())
+    for _ in range(60):
+        middle = (level + above) / 2
+        if float(power.clamp_max(middle).sum()) < tolerance * float(power.sum()):
+            level = middle
+        else:
+            above = middle
+    heard = power[power > above]
+    return float(0.5 * torch.log2(heard / above).sum()) if len(heard) else 0.0
+
+
 def price(
     n_inputs: int,
     tolerance: float,

@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from weightdecomp._batches import Batch, joined, read_batches, select, size, tensors
+from weightdecomp._batches import Batch, joined, select, size, tensors
 from weightdecomp._divergence import Divergence
 from weightdecomp._effects import sensitivities
 from weightdecomp._forward import Record, masked, recorded
@@ -36,10 +36,8 @@ class Sample(NamedTuple):
     nothing: float
 
 
-def ablated_entirely(
-    model: nn.Module, batch: Batch, sites: Sequence[Site], divergence: Divergence, target: Any
-) -> Float[Tensor, "*batch"]:
-    """Divergence per input when the given sites output nothing but their biases."""
+def without(model: nn.Module, batch: Batch, sites: Sequence[Site]) -> Any:
+    """The model's output when the given sites output nothing but their biases."""
     empty = {}
     for site in sites:
         matrix = site.matrix()
@@ -47,7 +45,15 @@ def ablated_entirely(
         empty[site.path] = Pieces(torch.zeros_like(matrix[:1]), torch.zeros_like(matrix[:, :1].T), owner)
     masks = {site.path: [torch.zeros_like(empty[site.path].v[0, :1])] * site.n_calls for site in sites}
     with torch.no_grad():
-        return divergence(masked(model, batch, sites, empty, masks), target)
+        return masked(model, batch, sites, empty, masks)
+
+
+def ablated_entirely(
+    model: nn.Module, batch: Batch, sites: Sequence[Site], divergence: Divergence, target: Any
+) -> Float[Tensor, "*batch"]:
+    """Divergence per input when the given sites output nothing but their biases."""
+    with torch.no_grad():
+        return divergence(without(model, batch, sites), target)
 
 
 def taken(
@@ -117,8 +123,3 @@ def _per_row(divergence: Tensor, shape: Iterable[int]) -> Tensor:
         per_input = divergence.reshape(len(divergence), -1).mean(1)
         return per_input.reshape(-1, *[1] * (len(shape) - 1)).expand(shape)
     return divergence.mean().expand(shape)
-
-
-def checked_batches(batches: Iterable[Batch], model: nn.Module) -> list[Batch]:
-    """All batches, read once and checked."""
-    return read_batches(batches, model)

@@ -6,10 +6,10 @@ from torch import Tensor
 
 from weightdecomp._pieces import Pieces, rank_one_pieces
 
-_SAMPLE = 4096  # rows that exemplars are sought among
+_SAMPLE = 8192  # rows that exemplars are sought among
 _REACHED = 1e-9  # relative mean square below which an input direction counts as never used
-_LEAST_COUNT = 3  # rows that must agree on a direction for it to be an exemplar
-_LEAST_WEIGHT = 0.02  # rows whose effect is below this share of the mean are not looked at
+_LEAST_COUNT = 2  # rows that must agree on a direction for it to be an exemplar
+_LEAST_WEIGHT = 0.01  # rows whose effect is below this share of the mean are not looked at
 
 
 class Reach:
@@ -70,7 +70,7 @@ def exemplars(
         most: At most so many directions.
 
     Returns:
-        Up to three sets of directions: cut at the two steepest falls of density, and all.
+        Up to two sets of directions: cut at the two steepest falls of density.
     """
     weight = (effects / effects.mean()).clamp_max(1)
     best = weight.topk(min(_SAMPLE, len(rows))).indices.sort().values
@@ -93,9 +93,8 @@ def exemplars(
         density -= weight[taken] @ near[taken]
     if len(found) < 2:
         return []
-    falls = torch.tensor(counts) / torch.tensor([*counts[1:], _LEAST_COUNT - 1.0])
-    steepest = falls[1:].topk(min(2, len(falls) - 1)).indices + 2
-    cuts = sorted({len(found), *steepest.tolist()})
+    falls = torch.tensor(counts) / torch.tensor([*counts[1:], _LEAST_COUNT])
+    cuts = sorted((falls[1:].topk(min(2, len(falls) - 1)).indices + 2).tolist())
     return [torch.stack(found[:cut]) for cut in cuts]
 
 

@@ -26,12 +26,11 @@ def summary(decomposition: "Decomposition") -> str:
     rows = [["site", "shape", "components", "live", "active per input", "unexplained |W|^2", "start"]]
     for site in decomposition.sites:
         parts = decomposition.parts[site.path]
-        matrix = site.matrix()
-        share = float(decomposition.remainders[site.path].square().sum() / matrix.square().sum())
+        share = float(decomposition.remainders[site.path].norm() / site.matrix().norm()) ** 2
         rows.append(
             [
                 site.path or "(model)",
-                "x".join(map(str, matrix.shape)),
+                "x".join(map(str, site.shape)),
                 str(parts.pieces.n),
                 str(int((parts.frequencies > 0).sum())),
                 f"{float(parts.frequencies.sum()):.2f}",
@@ -48,7 +47,7 @@ def summary(decomposition: "Decomposition") -> str:
         f"damage       {outcome.reason}",
         f"bits         {ledger.per_input:.2f} per input (naming {ledger.naming / ledger.n_inputs:.2f}, values "
         f"{ledger.values / ledger.n_inputs:.2f}, residual {ledger.residual / ledger.n_inputs:.3f}) + dictionary "
-        f"{ledger.dictionary:,.0f}; dense {outcome.dense_bits:.2f}, shuffled weights {outcome.null_bits:.2f}",
+        f"{ledger.dictionary:,.0f}; always on {outcome.dense_bits:.2f}",
         f"verdict      {outcome.verdict}",
         f"circuits     {live} live of {len(decomposition.groups)}",
     ]

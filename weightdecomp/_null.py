@@ -1,0 +1,75 @@
+"""The null of a run: weights of the same norms in random directions, priced the same way."""
+
+import copy
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from weightdecomp._batches import Batch, select, size, tensors
+from weightdecomp._config import Config
+from weightdecomp._divergence import Divergence, output_tensor
+from weightdecomp._fit import chosen_start
+from weightdecomp._ledger import behaviour_bits
+from weightdecomp._sample import Sample, taken, without
+from weightdecomp._sites import Site, bound_site
+
+_DRAWS = 3  # random models
+_INPUTS = 8192  # inputs that a random model is priced on
+_STREAM = 7919  # apart from every seed a user is likely to have made a model with
+
+
+def redrawn(model: nn.Module, sites: Sequence[Site], rng: torch.Generator) -> tuple[nn.Module, tuple[Site, ...]]:
+    """A copy of the model whose weight vectors keep their norms but point in random directions.
+
+    The vectors are those of the matrix's longer side (features in a wide matrix, outputs in a tall one).
+    """
+    twin = copy.deepcopy(model)
+    found = []
+    for site in sites:
+        matrix = site.matrix()
+        axis = 0 if matrix.shape[1] >= matrix.shape[0] else 1
+        random = torch.randn(matrix.shape, generator=rng, device=matrix.device, dtype=matrix.dtype)
+        random *= matrix.norm(dim=axis, keepdim=True) / random.norm(dim=axis, keepdim=True)
+        weight = site.as_weight(random).to(site.weight.dtype)
+        twin.get_submodule(site.path).weight = nn.Parameter(weight, requires_grad=False)
+        bound = bound_site(twin, site.path, site.n_calls)
+        assert bound is not None
+        found.append(bound)
+    return twin, tuple(found)
+
+
+def effort(model: nn.Module, sample: Sample, sites: Sequence[Site], bits: float, tolerance: float) -> float:
+    """Bits that the components cost per bit of the behaviour that the weights make.
+
+    Behaviour is what ablating all sites takes away from the output, priced at the same tolerance.
+    """
+    with torch.no_grad():
+        change = output_tensor(sample.record.output) - output_tensor(without(model, sample.batch, sites))
+    return bits / max(behaviour_bits(change.flatten(0, -2), tolerance), 1e-9)
+
+
+def null_effort(
+    model: nn.Module,
+    batches: Sequence[Batch],
+    sites: Sequence[Site],
+    divergence: Divergence,
+    tolerance: float,
+    config: Config,
+    seed: int,
+) -> float:
+    """Mean effort of random models at the same tolerance: what architecture and data alone would cost.
+
+    A network that learnt nothing costs as much per bit of its behaviour as another random one; only what is cheaper
+    than that is a mechanism. Source: ours.
+    """
+    device = tensors(batches[0])[0].device
+    rng = torch.Generator(device=device).manual_seed(seed + _STREAM)
+    some = [select(batch, torch.arange(min(size(batch), _INPUTS), device=device)) for batch in batches]
+    found = []
+    for _ in range(_DRAWS):
+        twin, twins = redrawn(model, sites, rng)
+        sample = taken(twin, some, twins, divergence, max(1, config.sample // 2), rng)
+        starts = [chosen_start(twin, sample, site, divergence, tolerance, config) for site in twins]
+        found.append(effort(twin, sample, twins, sum(start.bits[start.name] for start in starts), tolerance))
+    return sum(found) / len(found)
