@@ -168,9 +168,10 @@ def _start(
         values = {name: x.to(site.weight.device) for name, x in known.items()}
         pieces = Pieces(values["v"], values["u"], values["owner"])
         name, bits = saved.document["starts"][site.path]
-        return Start(name, pieces, frame(values["basis"], site.matrix(), pieces), bits)
+        reach = {name: values[name] for name in ("basis", "power")}
+        return Start(name, pieces, frame(**reach, matrix=site.matrix(), pieces=pieces), bits, reach)
     start = chosen_start(model, sample, site, divergence, tolerance, config)
-    found = {**start.pieces._asdict(), "basis": start.frame.basis}
+    found = {**start.pieces._asdict(), **start.reach}
     names = {**saved.document.get("starts", {}), site.path: [start.name, start.bits]}
     saved.keep({prefix + name: x for name, x in found.items()}, {"starts": names})
     return start

@@ -35,12 +35,14 @@ class Start(NamedTuple):
         pieces: Its components.
         frame: Where they may move.
         bits: Bits per input of every member, cheapest first.
+        reach: Basis of the site's inputs and their power along it, from which the frame was made.
     """
 
     name: str
     pieces: Pieces
     frame: Frame
     bits: dict[str, float]
+    reach: dict[str, Tensor]
 
 
 class Gated(NamedTuple):
@@ -74,7 +76,8 @@ def chosen_start(
     bits = {name: _bits_alone(model, sample, site, pieces, divergence, tolerance) for name, pieces in portfolio.items()}
     order = sorted(bits, key=lambda name: bits[name])
     best = portfolio[order[0]]
-    return Start(order[0], best, frame(reach.basis, matrix, best), {name: bits[name] for name in order})
+    found = {"basis": reach.basis, "power": reach.power}
+    return Start(order[0], best, frame(**found, matrix=matrix, pieces=best), {k: bits[k] for k in order}, found)
 
 
 def _bits_alone(

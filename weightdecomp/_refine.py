@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -11,13 +11,14 @@ from torch import Tensor
 from weightdecomp._attack import Ablation, Sources, ablated_divergence, drawn_sources, masks_from
 from weightdecomp._batches import Batch, size
 from weightdecomp._config import Config
-from weightdecomp._effects import opened
-from weightdecomp._forward import Masks, Record, recorded
+from weightdecomp._forward import Masks, Record, inner_activations, recorded
 from weightdecomp._pieces import Pieces
-from weightdecomp._sites import Site
 
 _POOL = 8  # source vectors that the adversary keeps, each shared by a part of the batch
 _ASCENT = 0.1  # sign step of the adversary, from the same gradient as the refinement
+_FLOOR = 1e-4  # least relative power of an input direction, so that hardly used ones do not run away
+_RAMP = 0.5  # width of the gates' ramps during refinement, as a share of their thresholds
+_LEAK = 0.01  # slope of the surrogate gradients beyond the ends of a ramp (VPD, S6)
 _FRESH = 4  # every so many steps one source vector is drawn anew, so that the adversary keeps looking elsewhere
 
 
@@ -44,21 +45,24 @@ def conditioning(factor: Float[Tensor, "piece d"]) -> float:
     """Smallest over largest singular value of the span; 0 where the pieces cannot span the space."""
     if factor.shape[0] < factor.shape[1]:
         return 0.0
-    sizes = torch.linalg.svdvals(factor)
-    return float(sizes[-1] / sizes[0])
+    sizes = torch.linalg.svdvals(factor.detach())
+    return float(sizes[-1] / sizes[0].clamp_min(1e-30))
 
 
 class Frame(NamedTuple):
     """Where one site's components may move: the span of its inputs and the side that keeps the sum exact.
 
     Attributes:
-        basis: Orthonormal columns that span the site's inputs.
+        basis: Columns that span the site's inputs, each as long as the inputs' root mean square along it, so that a
+            step of one size in any coordinate of a v changes activations by one size.
+        dual: The matching columns with basis^T dual = 1.
         weight: W in that basis.
         move_v: Whether exactness is restored by the v (else by the u).
         columns: Orthonormal rows that span W's columns if the u must stay in them, else None.
     """
 
     basis: Float[Tensor, "d_in reach"]
+    dual: Float[Tensor, "d_in reach"]
     weight: Float[Tensor, "d_out reach"]
     move_v: bool
     columns: Float[Tensor, "rank d_out"] | None
@@ -69,7 +73,7 @@ class Frame(NamedTuple):
 
     def lifted(self, pieces: Pieces) -> Pieces:
         """The pieces with v in the site's own coordinates."""
-        return pieces._replace(v=pieces.v @ self.basis.T)
+        return pieces._replace(v=pieces.v @ self.dual.T)
 
     def exact(self, pieces: Pieces) -> Pieces:
         """Restore the exact sum after a step."""
@@ -80,15 +84,22 @@ class Frame(NamedTuple):
         return exact(pieces, self.weight, self.move_v)
 
 
-def frame(basis: Float[Tensor, "d_in reach"], matrix: Float[Tensor, "d_out d_in"], pieces: Pieces) -> Frame:
-    """Choose the side on which exactness is best conditioned."""
+def frame(
+    basis: Float[Tensor, "d_in reach"],
+    power: Float[Tensor, " reach"],
+    matrix: Float[Tensor, "d_out d_in"],
+    pieces: Pieces,
+) -> Frame:
+    """Scale the basis to the inputs and choose the side on which exactness is best conditioned."""
+    root = power.clamp_min(_FLOOR * power.max()).sqrt()
+    basis, dual = basis * root, basis / root
     weight = matrix @ basis
     by_v, by_u = conditioning(pieces.u), conditioning(pieces.v @ basis)
     columns = None
     if max(by_v, by_u) < 1e-4:
         left, sizes, _ = torch.linalg.svd(weight, full_matrices=False)
         columns = left[:, sizes > 1e-6 * sizes[0]].T
-    return Frame(basis, weight, by_v >= by_u or columns is not None, columns)
+    return Frame(basis, dual, weight, by_v >= by_u or columns is not None, columns)
 
 
 class Terms(NamedTuple):
@@ -104,18 +115,34 @@ class Terms(NamedTuple):
         return self._asdict()
 
 
-def closed_importances(
-    record: Record, sites: Sequence[Site], pieces: Mapping[str, Pieces], thresholds: Mapping[str, Tensor]
-) -> Masks:
-    """Binary importances of all sites on the target's own activations."""
-    found = {}
-    for site in sites:
-        own = pieces[site.path]
-        found[site.path] = [
-            opened(own.activations(site.read(operands, own.v)), thresholds[site.path])
-            for operands in record.operands[site.path]
-        ]
-    return found
+class _MaskGate(torch.autograd.Function):
+    """clamp(z, 0, 1) whose gradient leaks below 0 only where the loss wants the gate to rise (VPD, S6)."""
+
+    @staticmethod
+    def forward(ctx: Any, z: Tensor) -> Tensor:
+        ctx.save_for_backward(z)
+        return z.clamp(0, 1)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        (z,), grad = ctx.saved_tensors, grads[0]
+        inside = (z > 0) & (z <= 1)
+        return grad * (inside + _LEAK * ((z <= 0) & (grad < 0)))
+
+
+def ramp(
+    activations: Float[Tensor, "*batch component"], thresholds: Float[Tensor, "arm=2 component"]
+) -> Float[Tensor, "*batch component"]:
+    """Height on the ramps around the thresholds: 0 where a gate begins to open, 1 where it is open."""
+    width = _RAMP * thresholds.clamp_min(1e-12)
+    heights = ((activations - thresholds[0]) / width[0], (-activations - thresholds[1]) / width[1])
+    return torch.maximum(*heights) + 0.5
+
+
+def openings(height: Float[Tensor, "*batch component"]) -> Float[Tensor, ""]:
+    """Mean number of open gates per row, with a slope wherever a gate is not shut."""
+    lifted = height.clamp_min(0) - (1 - _LEAK) * (height - 1).clamp_min(0)
+    return lifted.sum(-1).mean()
 
 
 class Refiner:
@@ -132,16 +159,19 @@ class Refiner:
         """Start from the ablation's pieces."""
         self.ablation, self.frames, self.config, self.rng = ablation, frames, config, rng
         self.nothing = nothing
-        self.reduced = {path: frames[path].reduced(own) for path, own in ablation.pieces.items()}
+        self.reduced = {path: _leaves(frames[path].reduced(own)) for path, own in ablation.pieces.items()}
         self.factors = [x for own in self.reduced.values() for x in (own.v, own.u)]
-        groups = [{"params": [x.requires_grad_()], "lr": config.rate * _size(x)} for x in self.factors]
+        groups = [{"params": [x], "lr": config.rate * _size(x)} for x in self.factors]
         self.rates = [group["lr"] for group in groups]
         self.optimiser = torch.optim.Adam(groups, betas=(0.9, 0.99), eps=1e-12, foreach=True)
         self.sources = drawn_sources(ablation, _POOL, rng)
 
     def pieces(self) -> dict[str, Pieces]:
-        """The components as they are now, in the sites' own coordinates."""
-        return {path: self.frames[path].lifted(own) for path, own in self.reduced.items()}
+        """The components as they are now, exact by construction, in the sites' own coordinates.
+
+        The correction is part of what is differentiated, so that a step never spends itself on breaking the sum.
+        """
+        return {path: self.frames[path].lifted(self.frames[path].exact(own)) for path, own in self.reduced.items()}
 
     def detached(self) -> dict[str, Pieces]:
         """The components as they are now, as plain tensors."""
@@ -158,19 +188,30 @@ class Refiner:
             source.requires_grad_()
         with torch.enable_grad():
             pieces = self.pieces()
-            with torch.no_grad():
-                importances = closed_importances(record, ablation.sites, pieces, thresholds)
+            heights = self._heights(record, pieces, thresholds)
+            importances = {path: [_MaskGate.apply(z) for z in calls] for path, calls in heights.items()}
             masks = self._masks(importances, adversarial, group)
             trial = ablation._replace(pieces=pieces)
             divergence = ablated_divergence(trial, batch, record.output, masks)
             per_input = divergence.reshape(len(divergence), -1).mean(1) / self.nothing
+            open_gates = torch.stack([openings(z) for calls in heights.values() for z in calls]).sum()
             leaves = list(self.sources.values())
-            grads = torch.autograd.grad(per_input.mean(), self.factors + leaves, allow_unused=True)
+            loss = per_input.mean() + price * open_gates
+            grads = torch.autograd.grad(loss, self.factors + leaves, allow_unused=True)
         self._descend(grads[: len(self.factors)], step)
         self._ascend(grads[len(self.factors) :])
         hit = per_input.detach()
-        active = sum(float(g.mean(tuple(range(g.ndim - 1))).sum()) for calls in importances.values() for g in calls)
-        return Terms(_mean(hit[~adversarial]), _mean(hit[adversarial]), active, price)
+        return Terms(_mean(hit[~adversarial]), _mean(hit[adversarial]), float(open_gates.detach()), price)
+
+    def _heights(
+        self, record: Record, pieces: Mapping[str, Pieces], thresholds: Mapping[str, Tensor]
+    ) -> dict[str, list[Tensor]]:
+        """Heights of all gates on their ramps, on the target's own activations."""
+        return {
+            path: [ramp(own.activations(h), thresholds[path]) for h in inner_activations(record, site, own)]
+            for site in self.ablation.sites
+            for path, own in ((site.path, pieces[site.path]),)
+        }
 
     def _assignment(self, n: int) -> tuple[Tensor, Int[Tensor, " input"]]:
         device = self.factors[0].device
@@ -204,11 +245,6 @@ class Refiner:
         for factor, grad in zip(self.factors, grads, strict=True):
             factor.grad = grad
         self.optimiser.step()
-        with torch.no_grad():
-            for path, own in self.reduced.items():
-                fixed = self.frames[path].exact(own)
-                own.v.copy_(fixed.v)
-                own.u.copy_(fixed.u)
 
     def _ascend(self, grads: Sequence[Tensor | None]) -> None:
         for (path, source), grad in zip(list(self.sources.items()), grads, strict=True):
@@ -238,6 +274,11 @@ class Refiner:
                     self.optimiser.state[x] = {key.split(".", 2)[2]: state[key].clone() for key in keys}
         self.sources = {path: state[f"source.{path}"].clone() for path in self.sources}
         self.rng.set_state(state["rng"])
+
+
+def _leaves(pieces: Pieces) -> Pieces:
+    """Copies that gradients can be taken of, apart from the pieces that a rejected round falls back to."""
+    return Pieces(*(x.detach().clone().requires_grad_() for x in pieces[:2]), pieces.owner)
 
 
 def _size(x: Tensor) -> float:
