@@ -2,10 +2,16 @@
 
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+
+# The packages are imported inside the fixtures: whatever is imported here, before pytest is configured, would go
+# without the shape checks.
+if TYPE_CHECKING:
+    import weightdecomp
 
 _DATA = Path(__file__).parents[2] / "shared" / "data"
 
@@ -25,6 +31,27 @@ settings.load_profile("suite")
 def rng() -> torch.Generator:
     """A generator with the same seed in every test."""
     return torch.Generator().manual_seed(0)
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Short attacks and one null, for runs that are not asked how good their result is."""
+    from weightdecomp import _fit, _null
+
+    monkeypatch.setattr(_fit, "REVIEW", (4, 1))
+    monkeypatch.setattr(_fit, "_SCOUT", (2, 1))
+    monkeypatch.setattr(_fit, "_ROUNDS", 4)
+    monkeypatch.setattr(_null, "_DRAWS", 1)
+
+
+@pytest.fixture(scope="session")
+def decomposed() -> "weightdecomp.Decomposition":
+    """A two-layer MLP decomposed on sparse inputs; do not change it."""
+    from tests.models import mlp, sparse
+    from weightdecomp import Config, decompose
+
+    config = Config(steps=20, sample=256, batch=64, rounds=2)
+    return decompose(mlp(), [sparse(256, 5)], config=config, progress=False)
 
 
 @pytest.fixture

@@ -59,13 +59,15 @@ def _checked(batch: Batch, index: int, model: nn.Module) -> Batch:
         raise ValueError(f"batches[{index}] holds no inputs; every batch needs a tensor with a non-empty first axis")
     parameter = next(model.parameters(), None)
     for x in found:
-        if x.is_floating_point() and not torch.isfinite(x).all():
-            raise ValueError(f"batches[{index}] contains NaN or infinity; drop or repair those inputs")
         if parameter is not None and x.device != parameter.device:
             raise ValueError(
                 f"batches[{index}] is on {x.device} but the model is on {parameter.device}; "
                 f"move the batch with .to({str(parameter.device)!r})"
             )
+        if x.is_meta:
+            raise ValueError(f"batches[{index}] and the model are on the meta device, which holds no values; load them")
+        if x.is_floating_point() and not torch.isfinite(x).all():
+            raise ValueError(f"batches[{index}] contains NaN or infinity; drop or repair those inputs")
     return _mapped(batch, torch.Tensor.detach)
 
 
@@ -130,7 +132,17 @@ def digest(batches: Sequence[Batch]) -> str:
     """A fingerprint of all inputs, to recognise a resumed run's data."""
     sha = hashlib.sha256()
     for batch in batches:
-        for x in tensors(batch):
-            sha.update(f"{x.dtype}{tuple(x.shape)}".encode())
+        for name, x in _named(batch):
+            if not isinstance(x, Tensor):
+                sha.update(f"{name}={x!r};".encode())
+                continue
+            sha.update(f"{name}:{x.dtype}{tuple(x.shape)}".encode())
             sha.update(x.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes() if x.numel() else b"")
     return sha.hexdigest()
+
+
+def _named(batch: Batch) -> list[tuple[str, Any]]:
+    """All that a batch hands to the model, by name or position; the order of a dict does not matter."""
+    if isinstance(batch, Mapping):
+        return sorted(batch.items())
+    return [(str(i), x) for i, x in enumerate([batch] if isinstance(batch, Tensor) else batch)]

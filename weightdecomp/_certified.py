@@ -34,11 +34,12 @@ class NoBound(ValueError):
 def certified(trial: Trial) -> tuple[Figure | None, str]:
     """An upper bound of the mean divergence over every mask, sources free for every input, position and call.
 
-    Interval arithmetic through the model's own code. The box of a site is exact for known inputs; what boxes lose is
-    that entries move together, so the bound grows with depth.
+    Interval arithmetic through the model's own code. The box of a site is exact for known inputs; what boxes
+    lose is that entries move together, so the bound grows with depth.
 
     Returns:
-        The bound, or None with the reason: too large, an operation or a divergence that has no rule, an infinite box.
+        The bound, or None with the reason: too large, no rule for an operation or the divergence, an infinite
+        box.
     """
     try:
         divergence = _bounded(trial)

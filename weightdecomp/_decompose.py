@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from weightdecomp._attack import Ablation
 from weightdecomp._batches import Batch, digest, read_batches, tensors
-from weightdecomp._check import check_model, check_tolerance
+from weightdecomp._check import check_model, check_module, check_tolerance
 from weightdecomp._checkpoint import Checkpoint
 from weightdecomp._circuits import activity, grouped
 from weightdecomp._config import Config
@@ -87,6 +87,7 @@ def decompose(
         Components, masks and adversary after SPD (arXiv 2506.20790) and VPD (Goodfire 2026); starts, gates and price ours.
     """
     config = config or Config()
+    check_module(model)
     check_tolerance(tolerance)
     kept = read_batches(batches, model)
     output = check_model(model, kept[0])

@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from weightdecomp._attack import Ablation
-from weightdecomp._batches import Batch, read_batches
+from weightdecomp._batches import Batch, read_batches, size
 from weightdecomp._circuits import Circuit, Member, circuit
 from weightdecomp._config import Config
 from weightdecomp._divergence import Divergence
@@ -230,6 +230,7 @@ class Decomposition:
         """
         (batch,) = self.read([inputs])
         masks = self._checked_masks(keep)
+        self._check_leading(masks, batch)
         left = {path: (matrix, torch.ones_like(matrix[0, 0])) for path, matrix in self.remainders.items()}
         pieces = {path: parts.pieces for path, parts in self.parts.items()}
         return masked(self.target, batch, self.sites, pieces, masks, left if remainder else None)
@@ -258,6 +259,23 @@ class Decomposition:
                 )
             masks[site.path] = list(mask) if several else [mask] * site.n_calls
         return masks
+
+    def _check_leading(self, masks: Masks, batch: Batch) -> None:
+        """Refuse masks that do not broadcast to what their sites compute."""
+        if all(mask.ndim == 1 for calls in masks.values() for mask in calls):
+            return
+        operands = recorded(self.target, batch, self.sites).operands
+        for site in self.sites:
+            for mask, call in zip(masks[site.path], operands[site.path], strict=True):
+                rows = site.read(call, self.parts[site.path].pieces.v[:1]).shape[:-1]
+                fits = mask.ndim <= len(rows) + 1 and all(
+                    a in (1, b) for a, b in zip(reversed(mask.shape[:-1]), reversed(rows), strict=False)
+                )
+                if not fits:
+                    raise ValueError(
+                        f"mask of {site.path!r} has shape {tuple(mask.shape)}, expected {(*rows, mask.shape[-1])} or "
+                        "one that broadcasts to it"
+                    )
 
     def _members_mask(self, members: set[Member]) -> dict[str, Tensor]:
         masks = {path: torch.zeros(parts.pieces.n) for path, parts in self.parts.items()}
@@ -297,12 +315,15 @@ class Decomposition:
         place, own = self.site(site), self.parts[site].pieces
         found, offset = [], 0
         for batch in self.read(batches):
+            calls, n = [], size(batch)
             for operands in recorded(self.target, batch, [place]).operands[site]:
                 a = own.activations(place.read(operands, own.v))[..., index]
-                peaks = a.reshape(len(a), -1)
-                peaks = peaks.gather(1, peaks.abs().argmax(1, keepdim=True))[:, 0]
-                found += [(offset + i, float(x)) for i, x in enumerate(peaks)]
-            offset += len(a)
+                # Rows that no single input owns (positions, say) drive the component alike on all inputs.
+                calls.append(a.reshape(n, -1) if len(a) == n else a.reshape(1, -1).expand(n, -1))
+            everywhere = torch.cat(calls, 1)
+            peaks = everywhere.gather(1, everywhere.abs().argmax(1, keepdim=True))[:, 0]
+            found += [(offset + i, float(x)) for i, x in enumerate(peaks)]
+            offset += n
         return sorted(found, key=lambda pair: -abs(pair[1]))[:n]
 
     @cached_property

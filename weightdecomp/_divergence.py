@@ -23,8 +23,19 @@ class Divergence(NamedTuple):
     function: Callable[[Any, Any], Tensor]
 
     def __call__(self, output: Any, target: Any) -> Float[Tensor, "*batch"]:
-        """Divergence of an output from the target's output, in nats (kl) or squared output units (mse)."""
-        return self.function(output, target)
+        """Divergence of an output from the target's output, in nats (kl) or squared output units (mse).
+
+        Raises:
+            ValueError: If the user's callable returns something else than one number per input.
+        """
+        found = self.function(output, target)
+        if isinstance(found, Tensor) and found.ndim:
+            return found
+        came = "a single number" if isinstance(found, Tensor) else type(found).__name__
+        raise ValueError(
+            f"divergence {self.name!r} must return a tensor with one number per input, got {came}; "
+            "average over the output's dimensions, not over the inputs"
+        )
 
 
 def mse(
@@ -49,9 +60,26 @@ def kl(
 def output_tensor(output: Any) -> Tensor:
     """The tensor to compare in what a model returns: itself, `.logits`, or the first of a tuple.
 
+    One number per input becomes a last dimension of size 1.
+
     Raises:
-        TypeError: For outputs that hold no such tensor.
+        TypeError: For outputs that hold no such tensor, or one without an axis of inputs.
     """
+    found = _held(output)
+    if found is None:
+        raise TypeError(
+            f"the model returned {type(output).__name__}, from which no output tensor can be taken; "
+            "wrap the model to return a tensor, an object with .logits, or a tuple that begins with a tensor"
+        )
+    if found.ndim == 0:
+        raise TypeError(
+            "the model returned a single number for the whole batch (a loss?), expected an output per input; "
+            "wrap the model to return its output before the average"
+        )
+    return found if found.ndim > 1 else found[:, None]
+
+
+def _held(output: Any) -> Tensor | None:
     if isinstance(output, Tensor):
         return output
     for name in ("logits", "last_hidden_state"):
@@ -60,10 +88,7 @@ def output_tensor(output: Any) -> Tensor:
             return found
     if isinstance(output, tuple | list) and output and isinstance(output[0], Tensor):
         return output[0]
-    raise TypeError(
-        f"the model returned {type(output).__name__}, from which no output tensor can be taken; "
-        "pass divergence=callable(output, target_output) or wrap the model to return a tensor"
-    )
+    return None
 
 
 def _looks_like_classes(output: Any, tensor: Tensor, integer_inputs: bool) -> str | None:

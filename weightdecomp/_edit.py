@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from weightdecomp._circuits import Circuit, Member
+from weightdecomp._sites import put_weight
 
 if TYPE_CHECKING:
     from weightdecomp._decomposition import Decomposition
@@ -64,9 +65,6 @@ def _rewritten(decomposition: "Decomposition", member: Member, vector: Tensor) -
 def _with_changes(decomposition: "Decomposition", changes: Mapping[str, Tensor]) -> nn.Module:
     model = copy.deepcopy(decomposition.target)
     for path, change in changes.items():
-        site, module = decomposition.site(path), model.get_submodule(path)
-        weight = site.as_weight(site.matrix() + change).to(site.weight.dtype)
-        # A parameter of its own, so that a weight tied to another module changes at this site alone.
-        tied = nn.Parameter(weight.clone(), requires_grad=site.weight.requires_grad)
-        module.weight = tied
+        site = decomposition.site(path)
+        put_weight(model, site, site.matrix() + change)
     return model

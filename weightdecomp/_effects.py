@@ -1,7 +1,7 @@
 """Effects: what ablating each component does to the final output, and the gates that this implies."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -48,7 +48,9 @@ def sensitivities(
         leaves: list[Tensor] = []
 
         def forward(site: Site, index: int, operands: tuple, share: float = share, leaves: list = leaves) -> Any:
-            rows = (share * site.read(operands, weight)).detach().requires_grad_()
+            rows = share * site.read(operands, weight)
+            # Rows of a later call of the same module depend on those of an earlier one, and stay attached to them.
+            rows = rows if leaves and rows.requires_grad else rows.detach().requires_grad_()
             leaves.append(rows)
             return site.write(rows, operands)
 
@@ -56,12 +58,18 @@ def sensitivities(
             output = output_tensor(call(model, batch))
             projections = [(output * probe).sum() for probe in probes]
         for k, projection in enumerate(projections):
-            grads = torch.autograd.grad(projection, leaves, retain_graph=k + 1 < len(probes))
-            for index, grad in enumerate(grads):
+            for index, grad in enumerate(_gradients(projection, leaves, k + 1 < len(probes))):
                 if len(sums) <= index:
                     sums.append(torch.zeros(_PROBES, *grad.shape, dtype=grad.dtype, device=grad.device))
                 sums[index][k] += grad / len(_PATH)
     return sums
+
+
+def _gradients(projection: Tensor, leaves: Sequence[Tensor], more: bool) -> Sequence[Tensor]:
+    """Gradients at the leaves; zeros where the output does not depend on them."""
+    if not projection.requires_grad:
+        return [torch.zeros_like(leaf) for leaf in leaves]
+    return torch.autograd.grad(projection, leaves, retain_graph=more, materialize_grads=True)
 
 
 def effects(

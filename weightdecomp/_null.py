@@ -12,7 +12,7 @@ from weightdecomp._divergence import Divergence, output_tensor
 from weightdecomp._fit import chosen_start
 from weightdecomp._ledger import behaviour_bits
 from weightdecomp._sample import Sample, taken, without
-from weightdecomp._sites import Site, bound_site
+from weightdecomp._sites import Site, bound_site, put_weight
 
 _DRAWS = 3  # random models
 _INPUTS = 8192  # inputs that a random model is priced on
@@ -31,8 +31,7 @@ def redrawn(model: nn.Module, sites: Sequence[Site], rng: torch.Generator) -> tu
         axis = 0 if matrix.shape[1] >= matrix.shape[0] else 1
         random = torch.randn(matrix.shape, generator=rng, device=matrix.device, dtype=matrix.dtype)
         random *= matrix.norm(dim=axis, keepdim=True) / random.norm(dim=axis, keepdim=True)
-        weight = site.as_weight(random).to(site.weight.dtype)
-        twin.get_submodule(site.path).weight = nn.Parameter(weight, requires_grad=False)
+        put_weight(twin, site, random)
         bound = bound_site(twin, site.path, site.n_calls)
         assert bound is not None
         found.append(bound)

@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from weightdecomp._attack import Ablation, Part
-from weightdecomp._forward import Record
+from weightdecomp._forward import Operands, inner_activations, recorded
 from weightdecomp._ledger import price
 from weightdecomp._pieces import Pieces
 from weightdecomp._regimes import Trial, frequencies, ladder, ledger, rounded, stochastic, summed
@@ -23,66 +23,82 @@ _AT_ONCE = 1 << 24  # numbers in one temporary
 _ROUNDING = 1e-5  # a remainder whose norm is below this share of W's is rounding
 
 
+class Unsuitable(ValueError):
+    """A null that cannot be made for a model, with the reason."""
+
+
 class Place(NamedTuple):
     """What a null needs to know of one site.
 
     Attributes:
         site: The site.
-        reach: The span of the site's inputs.
         n: Number of our components there.
         active: Mean number of our components active per row.
+        span: The span of the site's inputs; None where there are too many of them.
     """
 
     site: Site
-    reach: Reach
     n: int
     active: float
+    span: Reach | None
+
+    @property
+    def reach(self) -> Reach:
+        """The span of the site's inputs.
+
+        Raises:
+            Unsuitable: If it is not known.
+        """
+        if self.span is None:
+            wide = f"{self.site.path!r} has {self.site.shape[1]:,} inputs"
+            raise Unsuitable(f"{wide}, more than the {_WIDEST:,} that are scored at most")
+        return self.span
 
 
-class Unsuitable(ValueError):
-    """A null that cannot be made for a model, with the reason."""
+@torch.no_grad()
+def places(trial: Trial) -> tuple[Place, ...]:
+    """All sites of our own decomposition, with the spans of their inputs."""
+    by_site, found = frequencies(trial), []
+    roots = _root_rows(trial)
+    for site in trial.ablation.sites:
+        root, active = roots.get(site.path), float(by_site[site.path][0].sum())
+        span = None if root is None else Reach(site.matrix(), root)
+        found.append(Place(site, trial.ablation.pieces[site.path].n, active, span))
+    return tuple(found)
 
 
-def nulls(
+def null(
+    name: str,
     trial: Trial,
-    records: Sequence[Record],
+    where: Sequence[Place],
     tolerance: float,
     budget: tuple[int, int],
-    seed: int,
+    rng: torch.Generator,
     on_step: Callable[[], None] | None = None,
-) -> tuple[tuple[Candidate, ...], Candidate]:
-    """Score every null under the same attack, and price the dense model.
+) -> Candidate:
+    """Make and score one null.
 
-    Per site and input a null's largest contributions are on, above one size a site, so that as many are active on
+    Per site and input its largest contributions are on, above one size a site, so that as many are active on
     average as of ours. Whatever of W the inputs never reach is remainder, ablated like ours.
 
     Args:
+        name: One of `NAMES`.
         trial: Our own decomposition on the inputs.
-        records: What the target's sites were called with, one record a part.
+        where: The sites, from `places`.
         tolerance: For the ledger.
         budget: Steps and restarts of the attack.
-        seed: Of random directions, sources and attacks.
+        rng: For random directions, sources and the attack.
         on_step: Called after every attack step.
 
     Returns:
-        The nulls, those that had to be skipped with their reason, and the dense row.
+        Its figures, or the reason why it cannot be made for this model.
     """
-    by_site = frequencies(trial)
     try:
-        places = [_place(trial, records, site, float(by_site[site.path][0].sum())) for site in trial.ablation.sites]
+        pieces = {place.site.path: _STARTS[name](place, rng) for place in where}
     except Unsuitable as error:
-        return (Candidate("all nulls", reason=str(error)),), _dense(trial, None, tolerance)
-    found = []
-    for name, start in _STARTS.items():
-        rng = torch.Generator(device=places[0].reach.basis.device).manual_seed(seed)
-        try:
-            pieces = {place.site.path: start(place, rng) for place in places}
-        except Unsuitable as error:
-            found.append(Candidate(name, reason=str(error)))
-            continue
-        null = _gated(trial, records, places, pieces)
-        found.append(scored(name, null, tolerance, budget, rng, on_step))
-    return tuple(found), _dense(trial, places, tolerance)
+        return Candidate(name, reason=str(error))
+    gated = gated_by_size(trial, where, pieces)
+    return scored(name, gated, tolerance, budget, rng, on_step)
 
 
 def scored(
@@ -109,8 +125,8 @@ def scored(
 def random_directions(place: Place, rng: torch.Generator) -> Pieces:
     """As many pieces as ours that read random directions in W's row space and sum to W on the inputs' span.
 
-    The directions are rows of a random orthonormal frame, the best conditioned case: nothing cancels, and the least
-    squares solution for what they write is the frame times W.
+    The directions are rows of a random orthonormal frame, the best conditioned case: nothing cancels, and the
+    least squares solution for what they write is the frame times W.
     """
     weight = place.reach.weight
     left, sizes, right = torch.linalg.svd(weight, full_matrices=False)
@@ -138,65 +154,80 @@ _STARTS: Mapping[str, Callable[[Place, torch.Generator], Pieces]] = {
 }
 
 
+NAMES = tuple(_STARTS)
+
+
 def _check_size(place: Place, n: int, what: str) -> None:
     most = max(_CAPACITY * min(place.site.shape), place.n)
     if n > most:
-        raise Unsuitable(f"{n:,} {what} at {place.site.path!r} are more than the {most:,} pieces scored at most")
+        raise Unsuitable(
+            f"{n:,} {what} at {place.site.path!r} are more than the {most:,} pieces scored at most"
+        )
 
 
-@torch.no_grad()
-def _place(trial: Trial, records: Sequence[Record], site: Site, active: float) -> Place:
-    return Place(site, Reach(site.matrix(), _root_rows(records, site)), trial.ablation.pieces[site.path].n, active)
+def _root_rows(trial: Trial) -> dict[str, Float[Tensor, "d_in d_in"]]:
+    """Per site that is not too wide, a few rows with the same second moment as all its rows, up to scale."""
+    sites = {site.path: site for site in trial.ablation.sites if site.shape[1] <= _WIDEST}
+    moments = {}
+    for part in trial.parts:
+        for path, calls in recorded(trial.ablation.model, part.batch, tuple(sites.values())).operands.items():
+            for operands, g in zip(calls, part.importances[path], strict=True):
+                d_in = sites[path].shape[1]
+                for some in _chunks(operands, g[..., 0].numel() * d_in):
+                    rows = sites[path].vectors(some).reshape(-1, d_in).double()
+                    moments[path] = moments.get(path, 0.0) + rows.T @ rows
+    roots = {}
+    for path, moment in moments.items():
+        power, basis = torch.linalg.eigh(moment)
+        roots[path] = power.clamp_min(0).sqrt()[:, None] * basis.T
+    return roots
 
 
-def _root_rows(records: Sequence[Record], site: Site) -> Float[Tensor, "d_in d_in"]:
-    """As many rows as there are inputs' dimensions, with the second moment of all rows of a site."""
-    d_in = site.shape[1]
-    if d_in > _WIDEST:
-        raise Unsuitable(f"{site.path!r} has {d_in:,} inputs, more than the {_WIDEST:,} scored at most")
-    moment, n = torch.zeros(d_in, d_in, dtype=torch.float64, device=site.weight.device), 0
-    for record in records:
-        for operands in record.operands[site.path]:
-            for some in _chunks(operands, d_in):
-                rows = site.vectors(some).reshape(-1, d_in).double()
-                moment, n = moment + rows.T @ rows, n + len(rows)
-    power, basis = torch.linalg.eigh(moment / n)
-    return (power.clamp_min(0) * d_in).sqrt()[:, None] * basis.T
-
-
-def _chunks(operands: tuple, d_in: int) -> list[tuple]:
-    """The same call on a few inputs at a time where reading out all rows would take much memory."""
-    first = operands[0]
-    most = max(1, _AT_ONCE // (d_in * max(1, first[0].numel() if first.ndim else 1)))
-    if first.ndim < 2 or len(first) <= most:
+def _chunks(operands: Operands, numbers: int) -> list[Operands]:
+    """The same call on a few inputs at a time where all its rows take much memory."""
+    n = len(operands[0])
+    most = max(1, n * _AT_ONCE // numbers)
+    if operands[0].ndim < 2 or n <= most:
         return [operands]
     return [
-        tuple(x[i : i + most] if isinstance(x, Tensor) else x for x in operands) for i in range(0, len(first), most)
+        tuple(x[i : i + most] if isinstance(x, Tensor) else x for x in operands) for i in range(0, n, most)
     ]
 
 
 @torch.no_grad()
-def _gated(
-    trial: Trial, records: Sequence[Record], places: Sequence[Place], pieces: Mapping[str, Pieces]
-) -> Trial:
-    """The null with its largest contributions on, as many per row as of ours."""
-    importances: list[Masks] = [{} for _ in records]
-    remainders = {}
-    for place in places:
-        path, own, matrix = place.site.path, pieces[place.site.path], place.site.matrix()
-        sizes = [
-            [own.activations(place.site.read(operands, own.v)).abs() for operands in record.operands[path]]
-            for record in records
-        ]
-        level = _level(torch.cat([a.flatten() for calls in sizes for a in calls]), place.active / own.n)
-        for masks, calls in zip(importances, sizes, strict=True):
-            masks[path] = [(a > level).to(a.dtype) for a in calls]  # pyright: ignore[reportIndexIssue]
-        left = matrix - own.total()
-        if left.norm() > _ROUNDING * matrix.norm():
-            remainders[path] = left
-    ablation = Ablation(trial.ablation.model, trial.ablation.sites, pieces, trial.ablation.divergence, remainders)
-    parts = [Part(part.batch, part.target, masks) for part, masks in zip(trial.parts, importances, strict=True)]
+def gated_by_size(trial: Trial, where: Sequence[Place], pieces: Mapping[str, Pieces]) -> Trial:
+    """Other components on the same inputs, their largest contributions on, as many per row as of ours."""
+    ablation = trial.ablation._replace(pieces=pieces, remainders=_remainders(trial.ablation.sites, pieces))
+    sizes = [_sizes(ablation, part) for part in trial.parts]
+    levels = {}
+    for place in where:
+        path = place.site.path
+        every = torch.cat([a.flatten() for own in sizes for a in own[path]])
+        levels[path] = _level(every, place.active / pieces[path].n)
+    parts = []
+    for part, own in zip(trial.parts, sizes, strict=True):
+        masks = {path: [(a > levels[path]).to(a.dtype) for a in calls] for path, calls in own.items()}
+        parts.append(part._replace(importances=masks))
     return Trial(ablation, parts, trial.nothing)
+
+
+def _remainders(sites: Sequence[Site], pieces: Mapping[str, Pieces]) -> dict[str, Tensor]:
+    """What pieces do not sum to, where that is more than rounding."""
+    found = {}
+    for site in sites:
+        left = site.matrix() - pieces[site.path].total()
+        if left.norm() > _ROUNDING * site.matrix().norm():
+            found[site.path] = left
+    return found
+
+
+def _sizes(ablation: Ablation, part: Part) -> dict[str, list[Float[Tensor, "*batch component"]]]:
+    """How large every component's contribution is on the target's own inputs, by site and call."""
+    record, found = recorded(ablation.model, part.batch, ablation.sites), {}
+    for site in ablation.sites:
+        own = ablation.pieces[site.path]
+        found[site.path] = [own.activations(inner).abs() for inner in inner_activations(record, site, own)]
+    return found
 
 
 def _level(sizes: Float[Tensor, " n"], share: float) -> float:
@@ -205,15 +236,15 @@ def _level(sizes: Float[Tensor, " n"], share: float) -> float:
     return -1.0 if above >= len(sizes) else float(sizes.kthvalue(len(sizes) - above).values)
 
 
-def _dense(trial: Trial, places: Sequence[Place] | None, tolerance: float) -> Candidate:
+def dense(trial: Trial, where: Sequence[Place], tolerance: float) -> Candidate:
     """The undecomposed model's bits: every rank of every site active on every row."""
     total, active = None, 0.0
     by_site = frequencies(trial)
-    for i, site in enumerate(trial.ablation.sites):
-        weight = site.matrix() if places is None else places[i].reach.weight
+    for place in where:
+        weight = place.site.matrix() if place.span is None else place.span.weight
         rank = int(torch.linalg.matrix_rank(weight))
-        ones = torch.ones(rank, dtype=torch.float64)
-        own = price(by_site[site.path][1], tolerance, [ones], [torch.ones(rank, dtype=torch.long)], [site.shape])
+        ones, rows = torch.ones(rank, dtype=torch.float64), by_site[place.site.path][1]
+        own = price(rows, tolerance, [ones], [torch.ones(rank, dtype=torch.long)], [place.site.shape])
         total = own if total is None else summed(total, own)
         active += rank
     return Candidate("dense", active, total, reason="every rank always active, nothing left out")

@@ -36,7 +36,7 @@ def exact(pieces: Pieces, weight: Float[Tensor, "d_out d_in"], move_v: bool) -> 
 def _least_squares(factor: Float[Tensor, "piece d"], missing: Float[Tensor, "d other"]) -> Tensor:
     """The smallest change x with factor^T x = missing."""
     gram = factor.T @ factor
-    ridge = 1e-7 * gram.diagonal().mean()
+    ridge = torch.finfo(gram.dtype).eps * gram.diagonal().mean()
     gram = gram + ridge * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
     return factor @ torch.cholesky_solve(missing, torch.linalg.cholesky(gram))
 
@@ -174,8 +174,9 @@ class Refiner:
         return {path: self.frames[path].lifted(self.frames[path].exact(own)) for path, own in self.reduced.items()}
 
     def detached(self) -> dict[str, Pieces]:
-        """The components as they are now, as plain tensors."""
-        return {path: Pieces(own.v.detach(), own.u.detach(), own.owner) for path, own in self.pieces().items()}
+        """The components as they are now, as plain tensors that later steps leave alone."""
+        found = self.pieces()
+        return {path: Pieces(own.v.detach().clone(), own.u.detach().clone(), own.owner) for path, own in found.items()}
 
     def step(self, batch: Batch, thresholds: Mapping[str, Tensor], step: int, price: float) -> Terms:
         """One gradient step on one batch, one ascent step of the adversary, and back to the exact sum."""

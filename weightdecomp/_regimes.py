@@ -8,7 +8,15 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from weightdecomp._attack import Ablation, Part, ablated_divergence, attacked, drawn_sources, masks_from
+from weightdecomp._attack import (
+    Ablation,
+    Part,
+    ablated_divergence,
+    attacked,
+    drawn_sources,
+    entries,
+    masks_from,
+)
 from weightdecomp._batches import size, tensors
 from weightdecomp._forward import Masks
 from weightdecomp._ledger import Ledger, price
@@ -23,10 +31,10 @@ class Figure:
     """One damage and how it is known.
 
     Attributes:
-        damage: Divergence as a share of that of ablating everything; 0 is unchanged, 1 is all behaviour lost.
+        damage: Divergence as a share of that of ablating everything; 0 is unchanged, 1 all behaviour lost.
         divergence: The same in nats (kl) or squared output units (mse), averaged over inputs and positions.
-        evidence: "exact" (for these inputs), "estimate" (sampled), "counterexample" (found by attack, so the worst
-            case is at least this) or "bound" (certified, so the worst case is at most this).
+        evidence: "exact" (for these inputs), "estimate" (sampled), "counterexample" (found by attack, so the
+            worst case is at least this) or "bound" (certified, so the worst case is at most this).
         budget: What was spent to know it.
         note: How to read it.
         error: Standard error of an estimated damage, else None.
@@ -42,7 +50,7 @@ class Figure:
 
 @dataclass(frozen=True)
 class Ladder:
-    """Adversarial damage by attack budget; every rung is a counterexample, so the worst case is at least this.
+    """Adversarial damage by attack budget; every rung is a counterexample: the worst case is at least this.
 
     Attributes:
         sources: "shared" (one set of sources for all inputs) or "per input".
@@ -50,8 +58,8 @@ class Ladder:
         damages: Worst damage found within each budget.
         divergences: The same in nats (kl) or squared output units (mse).
         restarts: Searches run side by side at every step.
-        spent: Steps made. Fewer than the last budget where 160 steps had brought less than 0.1 %; rungs beyond it
-            repeat the last figure.
+        spent: Steps made. Fewer than the last budget where 160 steps had brought less than 0.1 %; rungs
+            beyond it repeat the last figure.
     """
 
     sources: str
@@ -82,7 +90,9 @@ class Ladder:
         """The rung of a budget."""
         rung = self.steps.index(steps)
         budget = f"{steps:,} steps x {self.restarts} restarts"
-        return Figure(self.damages[rung], self.divergences[rung], "counterexample", budget, f"{self.sources} sources")
+        return Figure(
+            self.damages[rung], self.divergences[rung], "counterexample", budget, f"{self.sources} sources"
+        )
 
 
 class Trial(NamedTuple):
@@ -105,8 +115,8 @@ class Trial(NamedTuple):
 
 @torch.no_grad()
 def mean_divergence(trial: Trial, masks: Callable[[Part], tuple[Masks, dict[str, Tensor]]]) -> float:
-    """Mean over all inputs and positions under the masks of components and remainders that a function gives."""
-    total, entries = 0.0, 0
+    """Mean over all inputs and positions under the masks of components and remainders that `masks` gives."""
+    total, n = 0.0, 0
     for part in trial.parts:
         own, remainder = masks(part)
         found = ablated_divergence(trial.ablation, part.batch, part.target, own, remainder)
@@ -115,8 +125,8 @@ def mean_divergence(trial: Trial, masks: Callable[[Part], tuple[Masks, dict[str,
                 f"divergence returned the shape {tuple(found.shape)} for {size(part.batch)} inputs; "
                 "it must return one number per input or position, inputs first"
             )
-        total, entries = total + float(found.double().sum()), entries + found.numel()
-    return total / entries
+        total, n = total + float(found.double().sum()), n + found.numel()
+    return total / n
 
 
 def all_at(value: float) -> Callable[[Part], tuple[Masks, dict[str, Tensor]]]:
@@ -175,7 +185,7 @@ def ladder(
 
 
 def frequencies(trial: Trial) -> dict[str, tuple[Float[Tensor, " component"], int]]:
-    """Per site, the share of its rows (inputs or positions, over all calls) each component is active on, and the rows."""
+    """Per site, the share of rows (inputs, positions, calls) with each component active; the rows."""
     found = {}
     for site in trial.ablation.sites:
         calls = [g for part in trial.parts for g in part.importances[site.path]]
@@ -186,9 +196,9 @@ def frequencies(trial: Trial) -> dict[str, tuple[Float[Tensor, " component"], in
 
 
 def ledger(trial: Trial, tolerance: float, divergence: float) -> Ledger:
-    """Bits of these inputs: every site at its own number of rows, the residual once per input or position compared."""
-    entries = sum(_entries(trial, part) for part in trial.parts)
-    found = Ledger(entries, 0.0, 0.0, 0.0, price(entries, tolerance, [], [], [], divergence).residual)
+    """Bits of these inputs: every site at its own number of rows, the residual where outputs are compared."""
+    n = sum(entries(trial.ablation, part) for part in trial.parts)
+    found = price(n, tolerance, [], [], [], divergence)
     by_site = frequencies(trial)
     for site in trial.ablation.sites:
         frequency, rows = by_site[site.path]
@@ -199,11 +209,7 @@ def ledger(trial: Trial, tolerance: float, divergence: float) -> Ledger:
 
 def summed(one: Ledger, other: Ledger) -> Ledger:
     """Both costs together, on the inputs of the first."""
-    parts = (getattr(one, name) + getattr(other, name) for name in ("naming", "values", "dictionary", "residual"))
+    parts = (
+        getattr(one, name) + getattr(other, name) for name in ("naming", "values", "dictionary", "residual")
+    )
     return Ledger(one.n_inputs, *parts)
-
-
-@torch.no_grad()
-def _entries(trial: Trial, part: Part) -> int:
-    """Numbers that the divergence returns for a part."""
-    return trial.ablation.divergence(part.target, part.target).numel()

@@ -45,9 +45,8 @@ def refined(
 ) -> Refined:
     """Open the gates, then refine in rounds until one no longer pays."""
     kept_steps = saved.document.get("kept_steps", 0)
-    if kept_steps:
-        ablation = ablation._replace(pieces=_loaded(saved, "best|", ablation))
-    best = Refined(ablation, Gatekeeper(ablation, sample, tolerance, seed).gates(), kept_steps)
+    kept = ablation._replace(pieces=_loaded(saved, "best|", ablation)) if kept_steps else ablation
+    best = Refined(kept, Gatekeeper(kept, sample, tolerance, seed).gates(), kept_steps)
     rng = torch.Generator(device=tensors(sample.batch)[0].device).manual_seed(seed + 1)
     refiner = Refiner(ablation, frames, sample.nothing, config, rng)
     first = saved.document.get("step", 0)
@@ -61,14 +60,16 @@ def refined(
         batch = _drawn(sample.batches, config.batch, rng)
         terms = refiner.step(batch, best.gated.thresholds, step, best.gated.price / sample.nothing)
         bar.step(step, terms.as_dict())
+        # One write for all that a step changed: a run resumed between two would mix two steps.
+        changed, document = dict[str, torch.Tensor](), {"step": step + 1}
         if (step + 1) % per_round == 0 or step + 1 == config.steps:
             trial = ablation._replace(pieces=refiner.detached())
             gated = Gatekeeper(trial, sample, tolerance, seed).gates()
             if not _cheaper(gated, best.gated, tolerance):
                 break
             best = Refined(trial, gated, step + 1)
-            saved.keep(_tensors("best|", trial.pieces), {"kept_steps": step + 1})
-        saved.keep({f"refiner|{k}": x for k, x in refiner.state().items()}, {"step": step + 1})
+            changed, document = _tensors("best|", trial.pieces), {**document, "kept_steps": step + 1}
+        saved.keep({**changed, **{f"refiner|{k}": x for k, x in refiner.state().items()}}, document)
     saved.keep({}, {"finished": True}, now=True)
     return best
 

@@ -1,5 +1,6 @@
 """The sample: the inputs a run computes on, with what the target does on them, recorded once."""
 
+import math
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -76,8 +77,13 @@ def taken(
     batch = select(largest, torch.arange(wanted, device=tensors(largest)[0].device))
     record = recorded(model, batch, sites)
     nothing = float(ablated_entirely(model, batch, sites, divergence, record.output).mean())
+    paths = [site.path for site in sites]
+    if not math.isfinite(nothing):
+        raise ValueError(
+            f"the output, or what is left of it when {paths} are ablated, contains NaN or infinity on the given "
+            "batches; check the inputs' scale, or pass other sites="
+        )
     if not nothing > 0:
-        paths = [site.path for site in sites]
         raise ValueError(
             f"ablating {paths} altogether does not change the output on the given batches: nothing to decompose; "
             "pass inputs on which these weights matter, or other sites="
@@ -85,6 +91,11 @@ def taken(
     sensitivity = {
         site.path: sensitivities(model, batch, site, record, divergence.name, rng) for site in sites
     }
+    if not any(calls.any() for site in sites for calls in sensitivity[site.path]):
+        raise ValueError(
+            f"ablating {paths} changes the output, but the output has no gradient at them; call decompose outside of "
+            "torch.inference_mode(), and take torch.no_grad() and rounding (argmax) out of the model's forward"
+        )
     return Sample(whole, batch, record, sensitivity, nothing)
 
 

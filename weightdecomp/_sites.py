@@ -3,6 +3,7 @@
 import difflib
 import fnmatch
 import math
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 from torch.overrides import TorchFunctionMode
 
 from weightdecomp._batches import Batch, call
@@ -187,6 +189,8 @@ def _refusal(module: Any) -> str | None:
         return f"belongs to a convolution with groups={module.groups}; replace it by one convolution per group"
     if isinstance(module, nn.Embedding) and module.max_norm is not None:
         return "is renormalised in place at every call (max_norm); set max_norm=None after training"
+    if not isinstance(module.weight, nn.Parameter) and not parametrize.is_parametrized(module, "weight"):
+        return "is computed anew before every call by a hook; remove it (torch.nn.utils.remove_weight_norm) first"
     if not module.weight.any():
         return "is zero everywhere; nothing to decompose"
     return None
@@ -300,9 +304,11 @@ def find_sites(
         sites.append(kind(path, module, len(shapes[path])))
         if name in uses:
             skipped.append(Skipped(name, f"is also used by {uses[name]!r}; that use stays as in the target"))
+    shared = {id(module.weight) for module in candidates.values()}
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        plain = name.replace("parametrizations.", "").replace(".original", "")
-        if name not in covered and plain not in covered:
+        # What parametrizations compute a weight from belongs to that weight's site.
+        plain = re.sub(r"parametrizations\.(\w+)\..+", r"\1", name)
+        if name not in covered and plain not in covered and id(parameter) not in shared:
             skipped.append(Skipped(name, _parameter_reason(name, parameter.ndim, uses)))
     if not sites:
         reasons = "; ".join(f"{s.name} {s.reason}" for s in skipped if "vector" not in s.reason) or "no parameters"
@@ -315,6 +321,30 @@ def bound_site(model: nn.Module, path: str, n_calls: int) -> Site | None:
     module = dict(model.named_modules()).get(path)
     kind = _site_class(module) if module is not None else None
     return kind(path, module, n_calls) if kind else None
+
+
+def put_weight(model: nn.Module, site: Site, matrix: Float[Tensor, "d_out d_in"]) -> None:
+    """Give the site's module in a copy of the model this matrix as a parameter of its own.
+
+    A weight that is tied to another module, or computed by a parametrization, is so no longer.
+    """
+    module = model.get_submodule(site.path)
+    if parametrize.is_parametrized(module):
+        _make_plain(module)
+    weight = site.as_weight(matrix).to(site.weight.dtype).clone()
+    module.weight = nn.Parameter(weight, requires_grad=site.weight.requires_grad)
+
+
+def _make_plain(module: Any) -> None:
+    """Turn parametrized tensors of a copied module into parameters with their present values.
+
+    torch's own remove_parametrizations would change the class, which the copy shares with the target.
+    """
+    values = {name: getattr(module, name).detach() for name in module.parametrizations}
+    module.__class__ = parametrize.type_before_parametrizations(module)
+    del module.parametrizations
+    for name, value in values.items():
+        setattr(module, name, nn.Parameter(value))
 
 
 def _matching(paths: Sequence[str], patterns: Sequence[str] | None) -> set[str]:

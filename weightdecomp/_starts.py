@@ -24,6 +24,9 @@ class Reach:
     def __init__(self, matrix: Float[Tensor, "d_out d_in"], rows: Float[Tensor, "row d_in"]) -> None:
         """Diagonalise the inputs' second moment."""
         moment = rows.double().T @ rows.double() / len(rows)
+        if not moment.any():
+            # Inputs that are zero everywhere prefer no direction.
+            moment = torch.eye(len(moment), dtype=moment.dtype, device=moment.device)
         power, basis = torch.linalg.eigh(moment)
         kept = power > _REACHED * power[-1]
         self.basis = basis[:, kept].flip(-1).to(matrix.dtype)
@@ -72,6 +75,8 @@ def exemplars(
     Returns:
         Up to two sets of directions: cut at the two steepest falls of density.
     """
+    if not effects.any():
+        return []
     weight = (effects / effects.mean()).clamp_max(1)
     best = weight.topk(min(_SAMPLE, len(rows))).indices.sort().values
     best = best[weight[best] > _LEAST_WEIGHT]

@@ -8,6 +8,11 @@ from typing import Any
 from weightdecomp._ledger import Ledger
 from weightdecomp._regimes import Figure, Ladder
 
+_EVIDENCE = (
+    "exact: for these inputs; estimate: sampled; counterexample: the worst case is at least this; "
+    "bound: at most this"
+)
+
 
 @dataclass(frozen=True)
 class SiteSize:
@@ -67,8 +72,7 @@ class Verification:
         ablated: Everything off; its divergence is the unit of damage.
         shared: Attack with one set of sources for all inputs, remainder included; decides `converged`.
         per_input: Attack with sources for every input on its own.
-        bound: Certified upper bound over all masks, sources free for every input and position; None where there is
-            none.
+        bound: Certified upper bound over all masks, sources free for every input and position, or None.
         bound_reason: Why there is no bound; empty where there is one.
         sites: Sizes by site, in the model's order.
         ledger: Bits of these inputs by part, the residual under stochastic sources.
@@ -140,7 +144,10 @@ def _table(rows: Sequence[Sequence[str]], texts: Sequence[int] = (0,)) -> str:
     """Columns padded to their widest cell: the given ones to the left, numbers to the right."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = [
-        "  ".join(cell.ljust(w) if i in texts else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True)))
+        "  ".join(
+            cell.ljust(w) if i in texts else cell.rjust(w)
+            for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+        )
         for row in rows
     ]
     return "\n".join(line.rstrip() for line in lines)
@@ -163,15 +170,15 @@ def _regimes(result: Verification) -> str:
     rows = [["regime", "damage", "divergence", "evidence", "budget", ""]]
     for name, one in figures.items():
         if one is None:
-            rows.append([name, "-", "-", "no bound", result.bound_reason, ""])
+            rows.append([name, "-", "-", "none", result.bound_reason, ""])
             continue
         note = f"+- {one.error:.1e}" if one.error is not None else one.note
         rows.append([name, _number(one.damage), f"{one.divergence:.4g}", one.evidence, one.budget, note])
-    return _table(rows, texts=(0, 3, 4, 5))
+    return f"{_table(rows, texts=(0, 3, 4, 5))}\n{_EVIDENCE}"
 
 
 def _summit(found: Ladder) -> Figure:
-    note = f"the worst case is at least this; last rung {found.rise:.3f} x the one before"
+    note = f"last rung {found.rise:.3f} x the one before"
     return Figure(found.plateau, found.divergences[-1], "counterexample", found.budget, note)
 
 
