@@ -6,8 +6,8 @@
 4. One JSON file a run, written whole; a run that has one is not repeated. Then a summary and a table.
 
 A run passes with no error in its importance pattern at any site and with adversarial damage of at most the
-tolerance, or at most 1.2 times the oracle's where that is higher: a toy's own interference puts a floor under the
-damage.
+tolerance, or at most 1.2 times the oracle's where that is higher: a toy's own interference puts a floor under
+the damage.
 """
 
 import argparse
@@ -68,6 +68,11 @@ UNTRAINED = tuple(task for task in TASKS if not task.endswith("_rotated"))  # a 
 _TRAIN, _EVALUATE = 1, 2  # seeds of the inputs to decompose on and of those to score on
 
 
+def rungs(steps: int) -> list[int]:
+    """Attack steps up to some number at which the damage is read."""
+    return sorted({rung for rung in RUNGS if rung < steps} | {steps})
+
+
 @dataclass(frozen=True)
 class Budget:
     """How much a benchmark run spends; nothing here is a setting of the decomposition except `config`.
@@ -76,6 +81,7 @@ class Budget:
         inputs: Inputs to decompose on.
         evaluated: Fresh inputs to score on.
         attack: Largest number of attack steps.
+        long_attack: The same for one more attack, with shared sources on our own components alone.
         restarts: Searches side by side.
         config: Settings of the decomposition.
         training: Training steps of a target; None for the published number.
@@ -84,20 +90,22 @@ class Budget:
 
     inputs: int = 32768
     evaluated: int = 1024
-    attack: int = 1280
+    attack: int = JUDGED
+    long_attack: int = 1280
     restarts: int = 3
     config: Config = Config()
     training: int | None = None
     cache: Path | None = CACHE
 
-    @property
-    def rungs(self) -> list[int]:
-        """Attack steps at which the damage is read."""
-        return sorted({rung for rung in RUNGS if rung < self.attack} | {self.attack})
-
 
 SMOKE = Budget(
-    inputs=512, evaluated=64, attack=20, config=Config(steps=2, sample=256), training=200, cache=None
+    inputs=512,
+    evaluated=64,
+    attack=20,
+    long_attack=40,
+    config=Config(steps=2, sample=256),
+    training=200,
+    cache=None,
 )
 Kind = Literal["trained", "untrained"]
 
@@ -176,6 +184,9 @@ def scores(target: Target, found: Decomposition, budget: Budget) -> dict[str, An
         [inputs], steps=budget.attack, restarts=budget.restarts, inputs=len(inputs), nulls=True, bound=False
     ).to_dict()
     oracle = oracle_figures(target, found, inputs, truth, budget)
+    own = trial(target, found.ablation(), inputs, on_inputs)
+    rng = torch.Generator().manual_seed(1)
+    long = ladder(own, rungs(budget.long_attack), budget.restarts, False, rng)
     names = ("shared", "per_input", "stochastic", "gates", "unmasked", "ledger")
     ours = {name: verified[name] for name in names}
     at = judged(verified["shared"]["steps"])
@@ -190,7 +201,11 @@ def scores(target: Target, found: Decomposition, budget: Budget) -> dict[str, An
         "oracle_damage": damages[1],
         "judged_at": verified["shared"]["steps"][at],
         "passed": errors == 0 and damages[0] <= max(TOLERANCE, SLACK * damages[1]),
-        "verification": {**ours, "live": {one["path"]: one["live"] for one in verified["sites"]}},
+        "verification": {
+            **ours,
+            "long": asdict(long),
+            "live": {one["path"]: one["live"] for one in verified["sites"]},
+        },
         "oracle": oracle,
         "nulls": {"ours": verified["ours"], **{one["name"]: one for one in verified["nulls"]}},
         "dense": verified["dense"],
@@ -262,20 +277,24 @@ def oracle_figures(
     left = {site.path: site.matrix() - pieces[site.path].total() for site in found.sites}
     real = {s.path: left[s.path] for s in found.sites if left[s.path].norm() > 1e-5 * s.matrix().norm()}
     ablation = Ablation(target.model, found.sites, pieces, found.divergence, real)
+    known = trial(target, ablation, inputs, oracle_importances(target, inputs))
+    rng = torch.Generator().manual_seed(0)
+    random = stochastic(known, rng)
+    return {
+        "shared": asdict(ladder(known, rungs(budget.attack), budget.restarts, False, rng)),
+        "per_input": asdict(ladder(known, rungs(budget.attack), budget.restarts, True, rng)),
+        "stochastic": asdict(random),
+        "gates": asdict(rounded(known)),
+        "ledger": asdict(ledger(known, TOLERANCE, random.divergence)),
+    }
+
+
+def trial(target: Target, ablation: Ablation, inputs: Tensor, importances: Mapping[str, Tensor]) -> Trial:
+    """Components with their importances on some inputs, ready for an attack."""
     with torch.no_grad():
         output = target.model(inputs)
-    gates = {path: [one] for path, one in oracle_importances(target, inputs).items()}
-    parts = [Part(inputs, output, gates)]
-    trial = Trial(ablation, parts, mean_divergence(Trial(ablation, parts, 1.0), all_at(0.0)))
-    rng = torch.Generator().manual_seed(0)
-    random = stochastic(trial, rng)
-    return {
-        "shared": asdict(ladder(trial, budget.rungs, budget.restarts, False, rng)),
-        "per_input": asdict(ladder(trial, budget.rungs, budget.restarts, True, rng)),
-        "stochastic": asdict(random),
-        "gates": asdict(rounded(trial)),
-        "ledger": asdict(ledger(trial, TOLERANCE, random.divergence)),
-    }
+    parts = [Part(inputs, output, {path: [one] for path, one in importances.items()})]
+    return Trial(ablation, parts, mean_divergence(Trial(ablation, parts, 1.0), all_at(0.0)))
 
 
 # ------------------------------------------------------------ all runs
@@ -316,14 +335,15 @@ def line(record: Mapping[str, Any]) -> str:
 
 def jobs(tasks: Sequence[str]) -> tuple[list[Job], dict[str, int]]:
     """All runs of some tasks, and how many targets of each were rejected."""
-    found: list[tuple[int, Job]] = []
+    found: list[tuple[tuple[bool, bool, int], Job]] = []
     rejected = {}
     for task in tasks:
         targets, refused = verified_targets(task, N_TARGETS)
         rejected[task] = len(refused)
-        found += [(i, Job(task, target.seed)) for i, target in enumerate(targets)]
-        found += [(N_TARGETS, Job(task, 0, "untrained"))] * (task in UNTRAINED)
-    # Every task's first target comes before any second one, so that a table that is not yet full says most.
+        slow = task.startswith("resid")
+        found += [((i > 0, slow, i), Job(task, target.seed)) for i, target in enumerate(targets)]
+        found += [((True, slow, 0), Job(task, 0, "untrained"))] * (task in UNTRAINED)
+    # Every task's first target comes first and slow ones come last: a table that is not yet full says most.
     return [job for _, job in sorted(found, key=lambda pair: pair[0])], rejected
 
 
@@ -431,10 +451,10 @@ def markdown(summary: Mapping[str, Any]) -> str:
     runs = sum(len(one["seeds"]) for one in summary["tasks"].values())
     legend = (
         f"{passed} of {runs} runs pass ({summary['bar']}). Medians over target seeds, ranges in brackets. "
-        f"Damage: worst found in {JUDGED} steps x 3 restarts on 1,024 fresh inputs, sources shared or per input; "
-        "`random` and `SVD` are nulls at the same number active, 160 steps. Active: components on per input at "
-        "the sites with a piece per feature. MMCS null: random directions. Weight error: relative Frobenius "
-        "error of matched pieces.\n\n"
+        f"Damage: worst found in {JUDGED} steps x 3 restarts on 1,024 fresh inputs, sources shared or per "
+        "input; `random` and `SVD` are nulls at the same number active, 160 steps. Active: components on per "
+        "input at the sites with a piece per feature. MMCS null: random directions. Weight error: relative "
+        "Frobenius error of matched pieces.\n\n"
         f"{where['machine']}, 1 thread, torch {where['torch']}, {where['date'][:10]}, "
         f"commits {', '.join(commit[:9] for commit in summary['commits'])}."
     )

@@ -1,8 +1,8 @@
-"""What does a refinement step cost? Time and memory as multiples of the target's own forward and backward pass.
+"""What does a refinement step cost? Time and memory as multiples of the target's own forward and backward.
 
-Both run on the same batch, in one process on one thread, in turns. A step does all there is to it: gates, random and
-adversarial sources, the exact sum, Adam on the components and the ascent of the sources. Every site has C = d pieces:
-as many as the target has features, or as its residual stream is wide.
+Both run on the same batch, in one process on one thread, in turns. A step does all there is to it: gates, random
+and adversarial sources, the exact sum, Adam on the components and the ascent of the sources. Every site has C = d
+pieces: as many as the target has features, or as its residual stream is wide.
 """
 
 import argparse
@@ -201,8 +201,8 @@ def peak_of(function: Callable[[], Any]) -> int:
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         function()
     held = peak = 0
-    assert profiler.profiler is not None
-    found = [one for one in profiler.profiler.kineto_results.events() if one.name() == "[memory]"]
+    inner: Any = profiler.profiler  # torch has no stubs for what it recorded
+    found = [one for one in inner.kineto_results.events() if one.name() == "[memory]"]
     for event in sorted(found, key=lambda one: one.start_ns()):
         held += event.nbytes()
         peak = max(peak, held)
@@ -223,7 +223,7 @@ def markdown(result: Mapping[str, Any]) -> str:
         rows.append(
             [
                 name,
-                "-".join(str(n) for n in {widths[0]: 0, widths[-1]: 0}),
+                "-".join(str(n) for n in sorted({widths[0], widths[-1]})),
                 *times,
                 Spread(**one["multiple"]).text(".2f"),
                 *shares,
@@ -232,10 +232,11 @@ def markdown(result: Mapping[str, Any]) -> str:
         )
     where = result["provenance"]
     legend = (
-        f"Median (range) of {result['repeats']} repeats of {result['passes']} passes, CPU time of one thread, after "
-        f"{result['warm_up']} warm-up steps; the goal is a multiple of at most {result['goal']:g}. Outside products: "
-        "share of a step (Python included), and of torch's operators, that is no matrix product. Memory: peak bytes "
-        "of tensors (torch profiler), weights and the refinement's state included, over the target's.\n\n"
+        f"Median (range) of {result['repeats']} repeats of {result['passes']} passes, CPU time of one thread, "
+        f"after {result['warm_up']} warm-up steps; the goal is a multiple of at most {result['goal']:g}. Outside "
+        "products: share of a step (Python included), and of torch's operators, that is no matrix product. "
+        "Memory: peak bytes of tensors (torch profiler), weights and the refinement's state included, over the "
+        "target's.\n\n"
         f"{where['machine']}, torch {where['torch']}, {where['date'][:10]}, commit {where['commit'][:9]}."
     )
     return f"{table(head, rows)}\n\n{legend}\n"

@@ -38,8 +38,8 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Short attacks and one null, for runs that are not asked how good their result is."""
     from weightdecomp import _fit, _null
 
-    monkeypatch.setattr(_fit, "REVIEW", (4, 1))
-    monkeypatch.setattr(_fit, "_SCOUT", (2, 1))
+    monkeypatch.setattr(_fit, "REVIEW", (4, *_fit.REVIEW[1:]))
+    monkeypatch.setattr(_fit, "_SCOUT", (2, *_fit._SCOUT[1:]))
     monkeypatch.setattr(_fit, "_ROUNDS", 4)
     monkeypatch.setattr(_null, "_DRAWS", 1)
 

@@ -318,7 +318,7 @@ def test_a_string_in_place_of_patterns_is_refused():
 def test_a_model_without_sites_says_why():
     target = case("grouped convolution")
 
-    with pytest.raises(ValueError, match="no weight matrix to decompose: 0.weight belongs to .* groups=2; .* per group"):
+    with pytest.raises(ValueError, match="no weight matrix to decompose: weight belongs to .* groups=2; .* per group"):
         find_sites(target.model[0], target.batch)
 
 

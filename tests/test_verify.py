@@ -103,18 +103,18 @@ def mlp(threshold: float = 0.5, **options: Any) -> tuple[Result, Tensor]:
 
 
 def linear(d_out: int = 3, threshold: float = 1.0) -> tuple[Result, Tensor]:
-    """One linear site with seven components, a remainder, and gates that are open on some inputs."""
+    """One linear site with ten components, a remainder, and gates that are open on some inputs."""
     model, batch = filled(nn.Linear(5, d_out, bias=False)), normal(6, 5, seed=1)
 
     def pieces(site: Site) -> Pieces:
-        whole = random_pieces(site, 8)
+        whole = random_pieces(site, 11)
         return whole._replace(u=0.9 * whole.u)
 
     return result(model, batch, threshold, pieces), batch
 
 
 def small(decomposition: Result, batch: Batch, **options: Any) -> Verification:
-    settings = {"steps": 40, "nulls": False, "bound": False} | options
+    settings = {"steps": 8, "nulls": False, "bound": False} | options
     return verification(decomposition, [batch], **settings)
 
 
@@ -142,7 +142,7 @@ def worst_of_all_vertices(decomposition: Result, batch: Tensor, per_input: bool)
 def test_the_attack_finds_the_worst_vertex_of_a_linear_site_for_all_inputs_at_once():
     decomposition, batch = linear()
 
-    found = small(decomposition, batch, steps=80)
+    found = small(decomposition, batch, steps=30)
 
     assert_close(found.damage, worst_of_all_vertices(decomposition, batch, per_input=False))
 
@@ -150,7 +150,7 @@ def test_the_attack_finds_the_worst_vertex_of_a_linear_site_for_all_inputs_at_on
 def test_the_attack_finds_the_worst_vertex_of_a_linear_site_for_every_input():
     decomposition, batch = linear()
 
-    found = small(decomposition, batch, steps=160)
+    found = small(decomposition, batch, steps=40)
 
     assert_close(found.per_input.plateau, worst_of_all_vertices(decomposition, batch, per_input=True))
 
@@ -159,7 +159,7 @@ def test_the_attack_finds_the_worst_vertex_of_a_linear_site_for_every_input():
 def test_the_ladder_never_falls(sources: str):
     decomposition, batch = mlp()
 
-    found = getattr(small(decomposition, batch, steps=80, restarts=1), sources).damages
+    found = getattr(small(decomposition, batch, steps=45, restarts=1), sources).damages
 
     assert list(found) == sorted(found)
     assert found[0] > 0
@@ -192,8 +192,8 @@ def test_inputs_in_several_parts_are_attacked_as_if_in_one(per_input: bool):
             x, decomposition.target(x).detach(), {"": [decomposition._gates(ablation.sites[0], (x,))]}
         )
 
-    whole = attacked(ablation, [part(batch)], [160], 3, per_input, generator())
-    parts = attacked(ablation, [part(batch[:2]), part(batch[2:])], [160], 3, per_input, generator())
+    whole = attacked(ablation, [part(batch)], [40], 3, per_input, generator())
+    parts = attacked(ablation, [part(batch[:2]), part(batch[2:])], [40], 3, per_input, generator())
 
     assert_close(parts.ladder[:, -1], whole.ladder[:, -1])
 
@@ -218,9 +218,9 @@ def test_a_table_with_as_many_positions_as_there_are_inputs_is_not_taken_for_inp
 def test_a_search_that_stands_still_stops_and_says_so():
     decomposition, batch = linear()
 
-    found = small(decomposition, batch, steps=1280).shared
+    found = small(decomposition, batch, steps=1280, restarts=1).shared
 
-    assert found.spent < 640
+    assert found.spent < 300
     assert found.damages[-1] == found.damages[-2]
     assert f"at a plateau after {found.spent}" in found.budget
 
@@ -262,7 +262,7 @@ def test_a_verdict_against_a_result_names_the_damage_the_tolerance_and_the_budge
     found = small(decomposition, batch)
 
     assert not found.converged
-    assert f"damage {found.damage:.4g} exceeds the tolerance 0.02 (40 steps x 3 restarts" in found.reason
+    assert f"damage {found.damage:.4g} exceeds the tolerance 0.02 (8 steps x 3 restarts" in found.reason
 
 
 def test_the_unmasked_damage_is_the_share_of_the_output_that_the_remainder_makes():
@@ -279,7 +279,7 @@ def test_stochastic_damage_has_the_mean_of_uniform_sources():
     """One component: E[(1 - s)^2] = 1/3, with a standard error that the mean stays within."""
     model, batch = filled(nn.Linear(1, 1, bias=False)), normal(400, 1)
     decomposition = result(
-        model, batch, CLOSED, lambda site: rank_one_pieces(site.matrix(), torch.ones(1, 1))
+        model, batch, CLOSED, lambda site: rank_one_pieces(site.matrix(), torch.ones(1, 1).double())
     )
 
     found = small(decomposition, batch).stochastic
@@ -292,10 +292,10 @@ def test_stochastic_damage_has_the_mean_of_uniform_sources():
 def test_only_the_first_inputs_are_used():
     decomposition, batch = mlp()
 
-    some = verification(decomposition, [batch[:6], batch[6:]], steps=20, inputs=9, nulls=False)
+    some = verification(decomposition, [batch[:6], batch[6:]], steps=2, inputs=9, nulls=False)
 
     assert some.n_inputs == 9
-    assert some.gates == verification(decomposition, [batch[:9]], steps=20, nulls=False).gates
+    assert some.gates == verification(decomposition, [batch[:9]], steps=2, nulls=False).gates
 
 
 def test_inputs_that_do_not_fit_into_memory_at_once_give_the_same_figures(monkeypatch: pytest.MonkeyPatch):
@@ -313,7 +313,7 @@ def test_batches_of_different_lengths_are_verified_together():
     decomposition, _ = mlp()
     batches = [normal(3, 5, 4), normal(4, 2, 4)]
 
-    found = verification(decomposition, batches, steps=20, nulls=False)
+    found = verification(decomposition, batches, steps=2, nulls=False)
 
     assert found.n_inputs == 7
     assert found.ledger.n_inputs == 3 * 5 + 4 * 2
@@ -483,7 +483,7 @@ def test_a_verification_prints_every_regime_with_its_evidence():
 
     printed = str(small(decomposition, batch, nulls=True, bound=True))
 
-    for words in ("exact", "estimate", "counterexample", "bound", "40 steps x 3 restarts", "NOT CONVERGED"):
+    for words in ("exact", "estimate", "counterexample", "bound", "8 steps x 3 restarts", "NOT CONVERGED"):
         assert words in printed
     for words in ("random directions", "SVD", "rows", "columns", "dense", "naming", "remainder", "per input"):
         assert words in printed
@@ -506,7 +506,7 @@ def test_progress_rises_to_its_total():
 
     counts = [done for done, _ in seen]
     assert counts == sorted(counts)
-    assert seen[-1][0] == seen[-1][1] == 40 * 2 + 40 * 4
+    assert seen[-1][0] == seen[-1][1] == 8 * 2 + 8 * 4
 
 
 @pytest.mark.parametrize("name", ["steps", "restarts", "inputs"])
@@ -526,7 +526,7 @@ def test_inputs_on_which_nothing_matters_are_refused():
 
 
 def test_a_divergence_that_is_not_one_number_an_input_is_refused():
-    decomposition, batch = mlp(divergence=lambda output, target: (output - target).square().mean())
+    decomposition, batch = mlp(divergence=lambda output, target: (output - target).square().mean(0))
 
     with pytest.raises(ValueError, match="one number per input or position"):
         small(decomposition, batch)

@@ -261,7 +261,7 @@ def _evaluated(
 
 
 def _tile_masks(
-    sites: Sequence[Site], tile: _Tile, sources: Sequence[Float[Tensor, "restart group source"]]
+    sites: Sequence[Site], tile: _Tile, sources: Sequence[Float[Tensor, "restart group _"]]
 ) -> tuple[Masks, dict[str, Tensor]]:
     masks, remainder = {}, {}
     for site, source in zip(sites, sources, strict=True):

@@ -3,7 +3,6 @@
 import copy
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -91,12 +90,15 @@ def _upper(trial: Trial) -> _Upper:
 def _box(trial: Trial, part: Part) -> Interval:
     """The box of outputs of one part."""
     ablation = trial.ablation
+    layouts = {site.path: _layout(site) for site in ablation.sites}
 
-    def forward(site: Site, index: int, operands: Operands) -> Any:
-        rows, importance = _rows(site, operands), part.importances[site.path][index]
-        remainder = ablation.remainders.get(site.path)
-        box = masked_site_output(rows, ablation.pieces[site.path], importance, remainder)
-        return site.write(box, operands)  # pyright: ignore[reportArgumentType]
+    def forward(site: Site, index: int, operands: Operands) -> Interval:
+        layout, own = layouts[site.path], ablation.pieces[site.path]
+        importance, remainder = part.importances[site.path][index], ablation.remainders.get(site.path)
+        bias = getattr(site.module, "bias", None)
+        box = masked_site_output(_rows(layout, operands), own, importance, remainder, bias)
+        like = tuple(x.lo if isinstance(x, Interval) else x for x in operands)
+        return Interval(layout.write(box.lo, like), layout.write(box.hi, like))
 
     with replaced(ablation.sites, forward):
         output = call(ablation.model, part.batch)
@@ -106,15 +108,21 @@ def _box(trial: Trial, part: Part) -> Interval:
     return Interval.of(output)
 
 
-def _rows(site: Site, operands: Operands) -> Interval | Float[Tensor, "*batch d_in"]:
+def _layout(site: Site) -> Site:
+    """The site in double precision without its bias: only how its rows lie in its input and output.
+
+    Rows are a selection of input entries, so both ends of a box go through exactly.
+    """
+    module = copy.deepcopy(site.module).double()
+    module.bias = None
+    return replace(site, module=module)
+
+
+def _rows(layout: Site, operands: Operands) -> Interval | Float[Tensor, "*batch d_in"]:
     """A site's input rows, as a box where its input is one."""
-    if isinstance(site.module, nn.Bilinear):
+    if isinstance(layout.module, nn.Bilinear):
         left, right = operands[:2]
         return (left.unsqueeze(-1) * right.unsqueeze(-2)).flatten(-2)
-    if not isinstance(operands[0], Interval):
-        return site.vectors(operands)
-    if not isinstance(site.module, nn.Conv1d | nn.Conv2d):
-        return operands[0]
-    # Patches only select entries, so in double precision both ends go through exactly.
-    exact = replace(site, module=copy.deepcopy(site.module).double())
-    return Interval(exact.vectors((operands[0].lo,)), exact.vectors((operands[0].hi,)))
+    if isinstance(operands[0], Interval):
+        return Interval(layout.vectors((operands[0].lo,)), layout.vectors((operands[0].hi,)))
+    return layout.vectors(operands)

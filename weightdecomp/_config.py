@@ -18,13 +18,13 @@ class Config:
         rounds: How often the thresholds are recomputed during the steps.
     """
 
-    steps: int = 200
+    steps: int = 600
     batch: int = 1024
     sample: int = 4096
     capacity: float = 8.0
-    rate: float = 0.01
+    rate: float = 0.03
     adversarial: float = 0.5
-    rounds: int = 4
+    rounds: int = 6
 
     def __post_init__(self) -> None:
         """Refuse values that no run can use."""

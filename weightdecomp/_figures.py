@@ -3,23 +3,21 @@
 import base64
 import io
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from weightdecomp._regimes import ON
+from weightdecomp._decomposition import Component, Decomposition
+from weightdecomp._fit import REVIEW
+from weightdecomp._regimes import ON, Figure, Ladder
 from weightdecomp._verification import Verification
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
-    from weightdecomp._decomposition import Component, Decomposition
 
 _BLUE, _ORANGE, _GREY, _RED = "#0072b2", "#d55e00", "#767676", "#b2182b"
 _MARKERS = "sD^vP*"
-_ROWS, _SHOWN = 6, 6  # components in the picture of directions, and images on each side of one
+_COMPONENTS = 6  # in the picture of directions
+_ACROSS, _DOWN = 4, 2  # images shown for either arm of a component
 
 
 class Images(NamedTuple):
@@ -52,10 +50,11 @@ def check_plotting() -> None:
     Raises:
         ModuleNotFoundError: If matplotlib is not installed.
     """
-    _figure(1, 1)
+    _canvas(1, 1)
 
 
-def _figure(width: float, height: float) -> "Figure":
+def _canvas(width: float, height: float) -> Any:
+    """An empty matplotlib Figure, sizes in inches."""
     try:
         from matplotlib.figure import Figure
     except ModuleNotFoundError as error:
@@ -66,30 +65,32 @@ def _figure(width: float, height: float) -> "Figure":
     return Figure(figsize=(width, height), layout="constrained", facecolor="white")
 
 
-def png(figure: "Figure") -> str:
+def png(figure: Any) -> str:
     """A figure as a data URI for an `img` tag."""
     data = io.BytesIO()
     figure.savefig(data, format="png", dpi=160)
     return f"data:image/png;base64,{base64.b64encode(data.getvalue()).decode()}"
 
 
-def ladder(verification: Verification) -> "Figure":
+def ladder(decomposition: Decomposition, verification: Verification) -> Any:
     """Damage against attack steps: this decomposition's two ladders, and the nulls at the budget they had."""
-    figure = _figure(8.4, 4.2)
+    figure = _canvas(8.4, 4.2)
     axes = figure.add_subplot()
-    shared, per_input = verification.shared, verification.per_input
-    axes.plot(shared.steps, shared.damages, "o-", color=_BLUE, label=_labelled("this decomposition", shared))
-    label = _labelled("the same, attacked\nimage by image", per_input)
-    axes.plot(per_input.steps, per_input.damages, "o--", color=_BLUE, mfc="white", label=label)
-    nulls = [one for one in verification.nulls if one.adversarial]
-    for marker, one in zip(_MARKERS, sorted(nulls, key=_damage, reverse=True), strict=False):
-        steps = int(one.adversarial.budget.split()[0].replace(",", "")) if one.adversarial else 0
-        label = f"null: {one.name} ({_damage(one):.2g})"
-        axes.plot([steps], [_damage(one)], marker, color=_ORANGE, ms=8, label=label, ls="none")
+    own, damage = verification.shared, decomposition.outcome.damage
+    _draw_ladder(axes, own, "this decomposition", "o-", _BLUE)
+    _draw_ladder(axes, verification.per_input, "the same, attacked\nimage by image", "o--", "white")
+    label = f"on the images of the run ({damage:.2g})"
+    axes.plot([REVIEW[0]], [damage], "x", color=_BLUE, ms=8, mew=2, ls="none", label=label)
+    nulls = [(one.name, one.adversarial) for one in verification.nulls if one.adversarial]
+    nulls.sort(key=lambda pair: -pair[1].damage)
+    for marker, (name, found) in zip(_MARKERS, nulls, strict=False):
+        label = f"null: {name} ({found.damage:.2g})"
+        axes.plot([_steps(found)], [found.damage], marker, color=_ORANGE, ms=8, ls="none", label=label)
     axes.axhline(1, color=_GREY, lw=1, label="everything ablated (1)")
-    axes.axhline(verification.tolerance, color=_RED, lw=1, ls=":", label=f"tolerance ({verification.tolerance:g})")
+    limit = verification.tolerance
+    axes.axhline(limit, color=_RED, lw=1.5, ls=":", label=f"tolerance ({limit:g})")
     axes.set(xscale="log", yscale="log", xlabel="attack steps", ylabel="damage found (log scale)")
-    axes.set_xticks(shared.steps, [f"{step:,}" for step in shared.steps])
+    axes.set_xticks(own.steps, [f"{step:,}" for step in own.steps])
     axes.xaxis.set_minor_locator(_nothing())
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
     axes.grid(axis="y", color="#e4e4e4")
@@ -97,12 +98,14 @@ def ladder(verification: Verification) -> "Figure":
     return figure
 
 
-def _labelled(name: str, found: Any) -> str:
-    return f"{name} ({found.plateau:.2g})"
+def _draw_ladder(axes: Any, found: Ladder, name: str, line: str, face: str) -> None:
+    label = f"{name} ({found.plateau:.2g})"
+    axes.plot(found.steps, found.damages, line, color=_BLUE, mfc=face, label=label)
 
 
-def _damage(candidate: Any) -> float:
-    return candidate.adversarial.damage
+def _steps(found: Figure) -> int:
+    """The steps in an attack's budget, which begins with them."""
+    return int(found.budget.split()[0].replace(",", ""))
 
 
 def _nothing() -> Any:
@@ -111,10 +114,10 @@ def _nothing() -> Any:
     return NullLocator()
 
 
-def sizes(decomposition: "Decomposition", verification: Verification) -> "Figure":
+def sizes(decomposition: Decomposition, verification: Verification) -> Any:
     """Per site: rank of the matrix, components, live ones, and those active on a mean image."""
     sites = verification.sites
-    figure = _figure(8.4, 0.6 + 0.95 * len(sites))
+    figure = _canvas(8.4, 0.6 + 0.95 * len(sites))
     axes = figure.add_subplot()
     ranks = [int(torch.linalg.matrix_rank(site.matrix())) for site in decomposition.sites]
     kinds = [
@@ -135,15 +138,15 @@ def sizes(decomposition: "Decomposition", verification: Verification) -> "Figure
 
 
 class _Reading(NamedTuple):
-    """What one component reads from pictures; signs chosen so that the arm that opens more often is positive."""
+    """What one component reads from pictures, with the sign that makes its busier arm positive."""
 
-    component: "Component"
+    component: Component
     direction: Float[Tensor, " pixel"]
     contributions: Float[Tensor, " image"]
     on: Bool[Tensor, " image"]
 
 
-def _reading(decomposition: "Decomposition", component: "Component", images: Images) -> _Reading:
+def _reading(decomposition: Decomposition, component: Component, images: Images) -> _Reading:
     site, index = component.site, component.index
     a = torch.zeros(len(images.pixels))
     for i, value in decomposition.top_inputs(site, index, [images.pixels], len(a)):
@@ -157,19 +160,19 @@ def _reading(decomposition: "Decomposition", component: "Component", images: Ima
     return _Reading(component, flip * direction, flip * a, on)
 
 
-def directions(decomposition: "Decomposition", images: Images) -> "Figure":
+def directions(decomposition: Decomposition, images: Images) -> Any:
     """The first site's most frequent components: what they read, what drives them, on which classes."""
     first = decomposition.sites[0].path
-    n = min(_ROWS, decomposition.parts[first].pieces.n)
-    figure = _figure(10.5, 1.35 * n + 0.5)
-    grid = figure.add_gridspec(n, 4, width_ratios=[1, 3, 3, 2.6])
-    heads = ("reads (+ red, − blue)", "images that open it most: +", "images that open it most: −", "open on, by digit")
+    n = min(_COMPONENTS, decomposition.parts[first].pieces.n)
+    figure = _canvas(9.6, 1.3 * n + 0.4)
+    grid = figure.add_gridspec(n, 4, width_ratios=[1, _ACROSS / _DOWN, _ACROSS / _DOWN, 2.6])
+    heads = ("reads", "opened most by, +", "opened most by, −", "open on, by digit")
     for row in range(n):
         reading = _reading(decomposition, decomposition.component(first, row), images)
         axes = [figure.add_subplot(grid[row, column]) for column in range(4)]
         _draw_direction(axes[0], reading, images.side)
-        _draw_strip(axes[1], reading, images, 1)
-        _draw_strip(axes[2], reading, images, -1)
+        _draw_images(axes[1], reading, images, 1)
+        _draw_images(axes[2], reading, images, -1)
         _draw_classes(axes[3], reading, images, last=row == n - 1)
         for one, head in zip(axes, heads, strict=True) if row == 0 else ():
             one.set_title(head, fontsize=10)
@@ -181,26 +184,28 @@ def _draw_direction(axes: Any, reading: _Reading, side: int) -> None:
     picture = reading.direction.reshape(side, side).numpy()
     axes.imshow(picture, cmap="RdBu_r", vmin=-limit, vmax=limit)
     share = float(reading.on.double().mean())
-    axes.set_ylabel(f"component {reading.component.index}\nopen on {share:.0%}", rotation=0, ha="right", va="center")
+    label = f"component {reading.component.index}\nopen on {share:.0%}"
+    axes.set_ylabel(label, rotation=0, ha="right", va="center", labelpad=6)
     axes.set(xticks=[], yticks=[])
 
 
-def _draw_strip(axes: Any, reading: _Reading, images: Images, sign: int) -> None:
-    """The pictures that drive one arm most, side by side, if they open its gate."""
-    a, side = sign * reading.contributions, images.side
-    best = a.where(reading.on & (a > 0), -torch.inf).topk(min(_SHOWN, len(a)))
-    shown = best.indices[best.values > 0]
-    axes.set_axis_off()
-    if not len(shown):
+def _draw_images(axes: Any, reading: _Reading, images: Images, sign: int) -> None:
+    """The pictures that drive one arm most, row by row, as far as they open its gate."""
+    a, step = sign * reading.contributions, images.side + 1
+    best = a.where(reading.on & (a > 0), 0).topk(min(_ACROSS * _DOWN, len(a)))
+    shown = best.indices[best.values > 0].tolist()
+    sheet = torch.full((_DOWN * step - 1, _ACROSS * step - 1), torch.nan)
+    for i, image in enumerate(shown):
+        y, x = step * (i // _ACROSS), step * (i % _ACROSS)
+        sheet[y : y + images.side, x : x + images.side] = images.pixels[image].reshape(images.side, -1)
+    axes.imshow(sheet.numpy(), cmap="gray_r", vmin=0, vmax=float(images.pixels.max()))
+    if not shown:
         axes.text(0.5, 0.5, "no image", ha="center", va="center", color=_GREY, transform=axes.transAxes)
-        return
-    strip = torch.full((side, _SHOWN * (side + 1)), torch.nan)
-    for i, image in enumerate(shown.tolist()):
-        strip[:, i * (side + 1) : i * (side + 1) + side] = images.pixels[image].reshape(side, side)
-    axes.imshow(strip.numpy(), cmap="gray_r", vmin=0)
+    axes.set_axis_off()
 
 
 def _draw_classes(axes: Any, reading: _Reading, images: Images, last: bool) -> None:
+    """Share of each class on which either arm is open, the negative one downwards."""
     classes = range(images.n_classes)
     for sign, colour in ((1, _RED), (-1, _BLUE)):
         share = images.by_class(reading.on & (sign * reading.contributions > 0))
@@ -208,11 +213,12 @@ def _draw_classes(axes: Any, reading: _Reading, images: Images, last: bool) -> N
     axes.axhline(0, color="black", lw=0.6)
     axes.set(ylim=(-1.05, 1.05), xticks=list(classes), yticks=[-1, 0, 1])
     axes.set_xticklabels([str(one) for one in classes] if last else [])
-    axes.set_yticklabels(["100 % −", "0", "100 % +"], fontsize=7)
+    axes.set_yticklabels(["− 100%", "0", "+ 100%"], fontsize=8)
     axes.spines[["top", "right", "bottom"]].set_visible(False)
+    axes.tick_params(bottom=False)
 
 
-def active_circuits(decomposition: "Decomposition", images: Images) -> Sequence[Bool[Tensor, " image"]]:
+def active_circuits(decomposition: Decomposition, images: Images) -> Sequence[Bool[Tensor, " image"]]:
     """Per circuit, the pictures on which any of its components is active."""
     on = {path: gate > ON for path, gate in decomposition.importances(images.pixels).items()}
     return [

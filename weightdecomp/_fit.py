@@ -1,6 +1,6 @@
 """The fit: components from the portfolio, and the gates that a given tolerance can afford."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -18,13 +18,14 @@ from weightdecomp._pieces import Pieces
 from weightdecomp._refine import Frame, frame
 from weightdecomp._sample import Sample, site_rows
 from weightdecomp._sites import Site
-from weightdecomp._starts import Reach, starts
+from weightdecomp._starts import Exemplars, Reach, exemplar_start, exemplars, plain_starts
 
 _ROUNDS = 10  # bisections of the price
-_SCOUT = (8, 2)  # steps and restarts of the attack inside the bisection
-REVIEW = (160, 3)  # and of the attack that a result must withstand
-_ATTACKED = 1024  # inputs that either attack uses
-_SHARE = 0.9  # share of the tolerance aimed at, so that longer attacks still meet it
+_SCOUT = (6, 2, 1024)  # steps, restarts and inputs of the attack inside the bisection
+REVIEW = (20, 3, 2048)  # and of the attack that a result must withstand
+_WORTH = 0.97  # a longer or shorter set of exemplars must save three bits in a hundred
+_NEAR = 4.0  # factor around a known price within which the next one is sought
+_SHARE = 0.8  # share of the tolerance aimed at, so that longer attacks still meet it
 
 
 class Start(NamedTuple):
@@ -72,12 +73,39 @@ def chosen_start(
     rows, hits = site_rows(model, sample, site, divergence)
     reach = Reach(matrix, rows)
     most = max(2, int(config.capacity * min(matrix.shape)))
-    portfolio = starts(matrix, reach, rows, hits, most)
-    bits = {name: _bits_alone(model, sample, site, pieces, divergence, tolerance) for name, pieces in portfolio.items()}
+    portfolio, bits = plain_starts(matrix, reach, most), dict[str, float]()
+
+    def priced(name: str) -> float:
+        if name not in bits:
+            bits[name] = _bits_alone(model, sample, site, portfolio[name], divergence, tolerance)
+        return bits[name]
+
+    for name in list(portfolio):
+        priced(name)
+    for family in exemplars(rows @ reach.basis, hits, most):
+
+        def cut(n: int, family: Exemplars = family) -> float:
+            name = f"exemplars {n} at {family.agreement}"
+            portfolio.setdefault(name, exemplar_start(reach, family.directions[:n]))
+            return priced(name)
+
+        n = min(family.cuts, key=cut)
+        if cut(n) <= min(bits.values()):
+            _climbed(cut, n, len(family.directions))
     order = sorted(bits, key=lambda name: bits[name])
     best = portfolio[order[0]]
     found = {"basis": reach.basis, "power": reach.power}
     return Start(order[0], best, frame(**found, matrix=matrix, pieces=best), {k: bits[k] for k in order}, found)
+
+
+def _climbed(cost: Callable[[int], float], n: int, most: int) -> int:
+    """A number near n that is worth the change, one or two up or down at a time; else the fall of density decides."""
+    while True:
+        near = [m for m in (n + 1, n + 2, n - 1, n - 2) if 2 <= m <= most]
+        best = min(near, key=cost, default=n)
+        if cost(best) > _WORTH * cost(n):
+            return n
+        n = best
 
 
 def _bits_alone(
@@ -124,11 +152,10 @@ class Gatekeeper:
     def __init__(self, ablation: Ablation, sample: Sample, tolerance: float, seed: int) -> None:
         """Compute every component's activations and effects on the sample."""
         self.ablation, self.sample, self.tolerance, self.seed = ablation, sample, tolerance, seed
-        n = min(size(sample.batch), _ATTACKED)
-        self.index = torch.arange(n, device=tensors(sample.batch)[0].device)
-        self.part = select(sample.batch, self.index)
+        self.indices = {attack: self._first(attack[2]) for attack in (_SCOUT, REVIEW)}
+        self.attacked = {attack: select(sample.batch, index) for attack, index in self.indices.items()}
         with torch.no_grad():
-            self.target = call(ablation.model, self.part)
+            self.targets = {attack: call(ablation.model, part) for attack, part in self.attacked.items()}
         self.sizes: dict[str, list[Tensor]] = {}
         self.trades: dict[str, Trade] = {}
         with torch.no_grad():
@@ -139,34 +166,49 @@ class Gatekeeper:
                 sensitivity = sample.sensitivity[site.path]
                 self.trades[site.path] = _trade(pieces, inner, self.sizes[site.path], sensitivity)
 
-    def gates(self) -> Gated:
-        """Bisect the price under a short attack; where a longer one does more damage, aim lower."""
+    def _first(self, n: int) -> Tensor:
+        return torch.arange(min(n, size(self.sample.batch)), device=tensors(self.sample.batch)[0].device)
+
+    def gates(self, near: float | None = None) -> Gated:
+        """Bisect the price under a short attack; where a longer one does more damage, aim lower.
+
+        Args:
+            near: A price of similar components, to seek around; None seeks everywhere.
+        """
         limit, found = _SHARE * self.tolerance, None
         for _ in range(4):
-            best = self._affordable(limit)
+            best = self._affordable(limit, near)
             damage = self._damage(best, REVIEW)
             found = Gated(*self._opened(best), best, damage, self._ledger(best))
             if damage <= self.tolerance:
                 break
             limit *= _SHARE * self.tolerance / damage
+            near = best
         assert found is not None
         return found
 
-    def _affordable(self, limit: float) -> float:
+    def _affordable(self, limit: float, near: float | None) -> float:
+        def damage(price: float) -> float:
+            return self._damage(price, _SCOUT)
+
+        if near is not None and damage(near / _NEAR) <= limit:
+            return highest_price(damage, limit, near / _NEAR, near * _NEAR, _ROUNDS - 3)
         nothing = self.sample.nothing
-        return highest_price(lambda p: self._damage(p, _SCOUT), limit, nothing * 1e-7, nothing * 10, _ROUNDS)
+        return highest_price(damage, limit, nothing * 1e-7, nothing * 10, _ROUNDS)
 
     def _opened(self, price: float) -> tuple[dict[str, Tensor], Masks]:
         thresholds = {path: trade.thresholds(price) for path, trade in self.trades.items()}
         return thresholds, {path: [opened(a, thresholds[path]) for a in calls] for path, calls in self.sizes.items()}
 
-    def _damage(self, price: float, attack: tuple[int, int]) -> float:
-        steps, restarts = attack
-        n, index = size(self.sample.batch), self.index
+    def _damage(self, price: float, attack: tuple[int, int, int]) -> float:
+        steps, restarts, _ = attack
+        n, index = size(self.sample.batch), self.indices[attack]
         importances = self._opened(price)[1]
         masks = {path: [g[index] if len(g) == n else g for g in calls] for path, calls in importances.items()}
         rng = torch.Generator(device=index.device).manual_seed(self.seed)
-        found = strongest(self.ablation, self.part, self.target, masks, [steps], restarts, False, rng)
+        found = strongest(
+            self.ablation, self.attacked[attack], self.targets[attack], masks, [steps], restarts, False, rng
+        )
         return float(found.max()) / self.sample.nothing
 
     def _ledger(self, best: float) -> Ledger:

@@ -3,6 +3,7 @@
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -30,25 +31,32 @@ class Record(NamedTuple):
     operands: dict[str, list[Operands]]
 
 
+class _StandIn:
+    """Called in place of a site's module: counts the calls and puts keyword arguments in their positions."""
+
+    def __init__(self, site: Site, forward: SiteForward) -> None:
+        self.site, self.forward, self.n_calls = site, forward, 0
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        names = _argument_names(type(self.site.module))[len(args) :] if kwargs else ()
+        operands = args + tuple(kwargs[name] for name in names if name in kwargs)
+        self.n_calls += 1
+        return self.forward(self.site, self.n_calls - 1, operands)
+
+
+@cache
+def _argument_names(kind: type[nn.Module]) -> tuple[str, ...]:
+    return tuple(inspect.signature(kind.forward).parameters)[1:]
+
+
 @contextmanager
 def replaced(sites: Sequence[Site], forward: SiteForward) -> Iterator[None]:
     """Let `forward(site, call, operands)` stand in for the sites' modules; everything is as before afterwards."""
     before: list[tuple[nn.Module, Any]] = []
-
-    def stand_in(site: Site) -> Callable[..., Any]:
-        names = list(inspect.signature(type(site.module).forward).parameters)[1:]
-        counter = iter(range(1 << 62))
-
-        def run(*args: Any, **kwargs: Any) -> Any:
-            extra = tuple(kwargs[name] for name in names[len(args) :] if name in kwargs)
-            return forward(site, next(counter), args + extra)
-
-        return run
-
     try:
         for site in sites:
             before.append((site.module, site.module.__dict__.get("forward")))
-            site.module.forward = stand_in(site)
+            site.module.forward = _StandIn(site, forward)
         with no_fast_path():
             yield
     finally:
@@ -61,16 +69,21 @@ def replaced(sites: Sequence[Site], forward: SiteForward) -> Iterator[None]:
 
 def recorded(model: nn.Module, batch: Batch, sites: Sequence[Site]) -> Record:
     """Run the target as it is and keep what its sites were called with."""
-    operands: dict[str, list[Operands]] = {site.path: [] for site in sites}
-    originals = {site.path: site.module.forward for site in sites}
-
-    def forward(site: Site, index: int, arguments: Operands) -> Any:
-        operands[site.path].append(arguments)
-        return originals[site.path](*arguments)
-
-    with torch.no_grad(), replaced(sites, forward):
+    recorder = _Recorder({site.path: [] for site in sites}, {site.path: site.module.forward for site in sites})
+    with torch.no_grad(), replaced(sites, recorder):
         output = call(model, batch)
-    return Record(output, operands)
+    return Record(output, recorder.operands)
+
+
+class _Recorder(NamedTuple):
+    """Runs a site's module as it is and keeps its arguments."""
+
+    operands: dict[str, list[Operands]]
+    originals: dict[str, Callable[..., Any]]
+
+    def __call__(self, site: Site, index: int, operands: Operands) -> Any:
+        self.operands[site.path].append(operands)
+        return self.originals[site.path](*operands)
 
 
 def masked(
@@ -92,17 +105,24 @@ def masked(
         remainders: Per site, a remainder matrix (d_out, d_in) and its mask (a number, or the leading shape and 1);
             sites that are missing have it off.
     """
+    with replaced(sites, _Masked(pieces, masks, remainders or {})):
+        return call(model, batch)
 
-    def forward(site: Site, index: int, operands: Operands) -> Any:
-        own = pieces[site.path]
-        rows = own.contract(site.read(operands, own.v), masks[site.path][index])
-        if remainders and site.path in remainders:
-            matrix, mask = remainders[site.path]
+
+class _Masked(NamedTuple):
+    """Runs a site's masked components in place of its module."""
+
+    pieces: Mapping[str, Pieces]
+    masks: Masks
+    remainders: Mapping[str, tuple[Tensor, Tensor]]
+
+    def __call__(self, site: Site, index: int, operands: Operands) -> Any:
+        own = self.pieces[site.path]
+        rows = own.contract(site.read(operands, own.v), self.masks[site.path][index])
+        if site.path in self.remainders:
+            matrix, mask = self.remainders[site.path]
             rows = rows + mask * site.read(operands, matrix)
         return site.write(rows, operands)
-
-    with replaced(sites, forward):
-        return call(model, batch)
 
 
 def inner_activations(

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Real
 from torch import Tensor
 
 
@@ -56,8 +56,8 @@ def value_bits(tolerance: float) -> float:
 
 
 def dictionary_bits(
-    frequency: Float[Tensor, " component"], numbers: Int[Tensor, " component"], n_inputs: int
-) -> Float[Tensor, " component"]:
+    frequency: Float[Tensor, "*n"], numbers: Real[Tensor, "*n"], n_inputs: int
+) -> Float[Tensor, "*n"]:
     """Bits to store each component's numbers at the precision that its use deserves."""
     return numbers * 0.5 * torch.log2(1 + n_inputs * frequency)
 
@@ -83,8 +83,8 @@ def behaviour_bits(change: Float[Tensor, "row d_output"], tolerance: float) -> f
 def price(
     n_inputs: int,
     tolerance: float,
-    frequencies: Sequence[Float[Tensor, " component"]],
-    ranks: Sequence[Int[Tensor, " component"]],
+    frequencies: Sequence[Float[Tensor, " _"]],
+    ranks: Sequence[Int[Tensor, " _"]],
     shapes: Sequence[tuple[int, int]],
     divergence: float = 0.0,
 ) -> Ledger:

@@ -25,7 +25,7 @@ def loaded_model(name: str, weights: str | Path | None = None) -> nn.Module:
         weights: A safetensors file with exactly the model's weights; None keeps those that the factory gave.
 
     Raises:
-        ValueError: If the name leads nowhere, the factory fails, or the weights are a pickle or another model's.
+        ValueError: If the name leads nowhere, the factory fails, or the weights are a pickle or do not fit.
         TypeError: If the name is no function, or the factory returns no module.
     """
     model = _called(name, "--model", "a function or class that makes the model")

@@ -14,8 +14,8 @@ from weightdecomp._ledger import behaviour_bits
 from weightdecomp._sample import Sample, taken, without
 from weightdecomp._sites import Site, bound_site, put_weight
 
-_DRAWS = 3  # random models
-_INPUTS = 8192  # inputs that a random model is priced on
+_DRAWS = 2  # random models
+_INPUTS = 4096  # inputs that a random model is priced on
 _STREAM = 7919  # apart from every seed a user is likely to have made a model with
 
 

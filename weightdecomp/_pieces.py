@@ -48,7 +48,7 @@ class Pieces(NamedTuple):
         return self.u[own].T @ self.v[own]
 
     def contract(
-        self, inner: Float[Tensor, "*batch piece"], mask: Float[Tensor, "*batch component"]
+        self, inner: Float[Tensor, "*batch piece"], mask: Float[Tensor, "*#batch component"]
     ) -> Float[Tensor, "*batch d_out"]:
         """Output rows of the masked site for given inner activations."""
         return (inner * (mask if self.rank_one else mask[..., self.owner])) @ self.u

@@ -7,18 +7,18 @@ from typing import Any, NamedTuple
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.optim.adam import adam
 
-from weightdecomp._attack import Ablation, Sources, ablated_divergence, drawn_sources, masks_from
+from weightdecomp._attack import Ablation, Sources, ablated_divergence, drawn_sources
 from weightdecomp._batches import Batch, size
 from weightdecomp._config import Config
 from weightdecomp._forward import Masks, Record, inner_activations, recorded
+from weightdecomp._gate import gated
 from weightdecomp._pieces import Pieces
 
 _POOL = 8  # source vectors that the adversary keeps, each shared by a part of the batch
 _ASCENT = 0.1  # sign step of the adversary, from the same gradient as the refinement
 _FLOOR = 1e-4  # least relative power of an input direction, so that hardly used ones do not run away
-_RAMP = 0.5  # width of the gates' ramps during refinement, as a share of their thresholds
-_LEAK = 0.01  # slope of the surrogate gradients beyond the ends of a ramp (VPD, S6)
 _FRESH = 4  # every so many steps one source vector is drawn anew, so that the adversary keeps looking elsewhere
 
 
@@ -35,10 +35,28 @@ def exact(pieces: Pieces, weight: Float[Tensor, "d_out d_in"], move_v: bool) -> 
 
 def _least_squares(factor: Float[Tensor, "piece d"], missing: Float[Tensor, "d other"]) -> Tensor:
     """The smallest change x with factor^T x = missing."""
-    gram = factor.T @ factor
-    ridge = torch.finfo(gram.dtype).eps * gram.diagonal().mean()
-    gram = gram + ridge * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-    return factor @ torch.cholesky_solve(missing, torch.linalg.cholesky(gram))
+    return _LeastSquares.apply(factor, missing)
+
+
+class _LeastSquares(torch.autograd.Function):
+    """x = F (F^T F + ridge)^-1 M, whose backward pass uses the forward's factorisation once more."""
+
+    @staticmethod
+    def forward(ctx: Any, factor: Tensor, missing: Tensor) -> Tensor:
+        gram = factor.T @ factor
+        gram.diagonal().add_(torch.finfo(gram.dtype).eps * gram.diagonal().mean())
+        lower = torch.linalg.cholesky(gram)
+        inner = torch.cholesky_solve(missing, lower)
+        ctx.save_for_backward(factor, lower, inner)
+        return factor @ inner
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
+        (factor, lower, inner), grad = ctx.saved_tensors, grads[0]
+        by_missing = torch.cholesky_solve(factor.T @ grad, lower)
+        # d(gram) = -by_missing inner^T; that the ridge too depends on the factor is below rounding.
+        by_gram = by_missing @ inner.T
+        return grad @ inner.T - factor @ (by_gram + by_gram.T), by_missing
 
 
 def conditioning(factor: Float[Tensor, "piece d"]) -> float:
@@ -115,36 +133,6 @@ class Terms(NamedTuple):
         return self._asdict()
 
 
-class _MaskGate(torch.autograd.Function):
-    """clamp(z, 0, 1) whose gradient leaks below 0 only where the loss wants the gate to rise (VPD, S6)."""
-
-    @staticmethod
-    def forward(ctx: Any, z: Tensor) -> Tensor:
-        ctx.save_for_backward(z)
-        return z.clamp(0, 1)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Tensor:
-        (z,), grad = ctx.saved_tensors, grads[0]
-        inside = (z > 0) & (z <= 1)
-        return grad * (inside + _LEAK * ((z <= 0) & (grad < 0)))
-
-
-def ramp(
-    activations: Float[Tensor, "*batch component"], thresholds: Float[Tensor, "arm=2 component"]
-) -> Float[Tensor, "*batch component"]:
-    """Height on the ramps around the thresholds: 0 where a gate begins to open, 1 where it is open."""
-    width = _RAMP * thresholds.clamp_min(1e-12)
-    heights = ((activations - thresholds[0]) / width[0], (-activations - thresholds[1]) / width[1])
-    return torch.maximum(*heights) + 0.5
-
-
-def openings(height: Float[Tensor, "*batch component"]) -> Float[Tensor, ""]:
-    """Mean number of open gates per row, with a slope wherever a gate is not shut."""
-    lifted = height.clamp_min(0) - (1 - _LEAK) * (height - 1).clamp_min(0)
-    return lifted.sum(-1).mean()
-
-
 class Refiner:
     """The state of the refinement: factors, their Adam moments, and the adversary's pool of sources."""
 
@@ -161,9 +149,8 @@ class Refiner:
         self.nothing = nothing
         self.reduced = {path: _leaves(frames[path].reduced(own)) for path, own in ablation.pieces.items()}
         self.factors = [x for own in self.reduced.values() for x in (own.v, own.u)]
-        groups = [{"params": [x], "lr": config.rate * _size(x)} for x in self.factors]
-        self.rates = [group["lr"] for group in groups]
-        self.optimiser = torch.optim.Adam(groups, betas=(0.9, 0.99), eps=1e-12, foreach=True)
+        self.rates = [config.rate * _size(x) for x in self.factors]
+        self.moments = [(torch.zeros_like(x), torch.zeros_like(x), torch.zeros(())) for x in self.factors]
         self.sources = drawn_sources(ablation, _POOL, rng)
 
     def pieces(self) -> dict[str, Pieces]:
@@ -184,68 +171,86 @@ class Refiner:
         record = recorded(ablation.model, batch, ablation.sites)
         if step % _FRESH == 0:
             self._redraw(step // _FRESH % _POOL)
-        adversarial, group = self._assignment(size(batch))
+        n = size(batch)
+        group = self._attacked(n)
         for source in self.sources.values():
             source.requires_grad_()
         with torch.enable_grad():
             pieces = self.pieces()
-            heights = self._heights(record, pieces, thresholds)
-            importances = {path: [_MaskGate.apply(z) for z in calls] for path, calls in heights.items()}
-            masks = self._masks(importances, adversarial, group)
+            masks, open_gates = self._masks(record, pieces, thresholds, group, n)
             trial = ablation._replace(pieces=pieces)
             divergence = ablated_divergence(trial, batch, record.output, masks)
             per_input = divergence.reshape(len(divergence), -1).mean(1) / self.nothing
-            open_gates = torch.stack([openings(z) for calls in heights.values() for z in calls]).sum()
             leaves = list(self.sources.values())
             loss = per_input.mean() + price * open_gates
             grads = torch.autograd.grad(loss, self.factors + leaves, allow_unused=True)
         self._descend(grads[: len(self.factors)], step)
         self._ascend(grads[len(self.factors) :])
         hit = per_input.detach()
-        return Terms(_mean(hit[~adversarial]), _mean(hit[adversarial]), float(open_gates.detach()), price)
+        split = len(group)
+        return Terms(_mean(hit[split:]), _mean(hit[:split]), float(open_gates.detach()), price)
 
-    def _heights(
-        self, record: Record, pieces: Mapping[str, Pieces], thresholds: Mapping[str, Tensor]
-    ) -> dict[str, list[Tensor]]:
-        """Heights of all gates on their ramps, on the target's own activations."""
-        return {
-            path: [ramp(own.activations(h), thresholds[path]) for h in inner_activations(record, site, own)]
-            for site in self.ablation.sites
-            for path, own in ((site.path, pieces[site.path]),)
-        }
-
-    def _assignment(self, n: int) -> tuple[Tensor, Int[Tensor, " input"]]:
+    def _attacked(self, n: int) -> Int[Tensor, " attacked"]:
+        """Rows of the pool for the inputs that are attacked: the first ones, as inputs come in random order."""
         device = self.factors[0].device
-        adversarial = torch.rand(n, generator=self.rng, device=device) < self.config.adversarial
-        return adversarial, torch.randint(_POOL, (n,), generator=self.rng, device=device)
+        count = int((torch.rand(n, generator=self.rng, device=device) < self.config.adversarial).sum())
+        return torch.randint(_POOL, (count,), generator=self.rng, device=device)
 
-    def _masks(self, importances: Masks, adversarial: Tensor, group: Tensor) -> Masks:
-        """Adversarial inputs take a pooled source; the others random ones at a random subset of the sites."""
-        attacked, _ = masks_from(importances, self.sources, group)
-        n, n_sites = len(group), len(importances)
-        subset = torch.rand(n, n_sites, generator=self.rng, device=group.device)
-        wanted = torch.randint(1, n_sites + 1, (n, 1), generator=self.rng, device=group.device)
-        ablated = subset.argsort(1).argsort(1) < wanted
-        masks = {}
-        for column, (path, calls) in enumerate(importances.items()):
+    def _masks(
+        self,
+        record: Record,
+        pieces: Mapping[str, Pieces],
+        thresholds: Mapping[str, Tensor],
+        group: Int[Tensor, " attacked"],
+        n: int,
+    ) -> tuple[Masks, Float[Tensor, ""]]:
+        """Masks on the target's own activations, and the mean number of open gates, summed over sites.
+
+        Attacked inputs take a pooled source; the others random ones at a random subset of the sites.
+        """
+        sites = self.ablation.sites
+        subset = torch.rand(n, len(sites), generator=self.rng, device=group.device)
+        wanted = torch.randint(1, len(sites) + 1, (n, 1), generator=self.rng, device=group.device)
+        spared = subset.argsort(1).argsort(1) >= wanted
+        spared[: len(group)] = False
+        masks, counts = {}, []
+        for column, site in enumerate(sites):
+            path, own = site.path, pieces[site.path]
+            whole, pool = spared[:, column].nonzero()[:, 0], self.sources[path]
             masks[path] = []
-            for g, m in zip(calls, attacked[path], strict=True):
-                r = torch.rand(g.shape, generator=self.rng, device=g.device, dtype=g.dtype)
-                if len(g) != n:
-                    masks[path].append(g + (1 - g) * r)
-                    continue
-                shape = (n, *[1] * (g.ndim - 1))
-                r = torch.where(ablated[:, column].reshape(shape), r, 1)
-                masks[path].append(torch.where(adversarial.reshape(shape), m, g + (1 - g) * r))
-        return masks
+            for inner in inner_activations(record, site, own):
+                a = own.activations(inner)
+                # Rows of a table do not belong to single inputs: their sources are random.
+                some = group if len(a) == n else group[:0]
+                sources = self._drawn(a, pool.detach(), some)
+                if len(a) == n:
+                    sources.index_fill_(0, whole, 1)
+                mask, count = gated(a, thresholds[path], sources, pool, some)
+                masks[path].append(mask)
+                counts.append(count)
+        return masks, torch.stack(counts).sum()
+
+    def _drawn(self, like: Tensor, pool: Float[Tensor, "group source"], group: Tensor) -> Tensor:
+        """Sources in the shape of the activations: the pool's for the first inputs, random ones for the rest."""
+        found = torch.empty_like(like)
+        rows = pool[group, :-1]
+        found[: len(group)] = rows.reshape(len(group), *[1] * (like.ndim - 2), -1)
+        found[len(group) :].uniform_(generator=self.rng)
+        return found
 
     def _descend(self, grads: Sequence[Tensor | None], step: int) -> None:
         decay = 0.5 + 0.5 * math.cos(math.pi * step / max(self.config.steps, 1))
-        for group, rate in zip(self.optimiser.param_groups, self.rates, strict=True):
-            group["lr"] = rate * (0.05 + 0.95 * decay)
-        for factor, grad in zip(self.factors, grads, strict=True):
-            factor.grad = grad
-        self.optimiser.step()
+        for factor, grad, rate, (mean, square, count) in zip(
+            self.factors, grads, self.rates, self.moments, strict=True
+        ):
+            if grad is not None:
+                # The functional form: the class imports torch's compiler, which takes longer than a small run.
+                with torch.no_grad():
+                    adam(
+                        [factor], [grad], [mean], [square], [], [count],
+                        amsgrad=False, beta1=0.9, beta2=0.99, lr=rate * (0.05 + 0.95 * decay),
+                        weight_decay=0.0, eps=1e-12, maximize=False,
+                    )  # fmt: skip
 
     def _ascend(self, grads: Sequence[Tensor | None]) -> None:
         for (path, source), grad in zip(list(self.sources.items()), grads, strict=True):
@@ -261,8 +266,8 @@ class Refiner:
         """Everything that the next step depends on, by name."""
         found = {f"factor.{i}": x.detach() for i, x in enumerate(self.factors)}
         found |= {f"source.{path}": x.detach() for path, x in self.sources.items()}
-        for i, x in enumerate(self.factors):
-            found |= {f"moment.{i}.{key}": value for key, value in self.optimiser.state.get(x, {}).items()}
+        for i, moments in enumerate(self.moments):
+            found |= {f"moment.{i}.{k}": value for k, value in enumerate(moments)}
         return found | {"rng": self.rng.get_state()}
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
@@ -270,9 +275,8 @@ class Refiner:
         with torch.no_grad():
             for i, x in enumerate(self.factors):
                 x.copy_(state[f"factor.{i}"])
-                keys = [key for key in state if key.startswith(f"moment.{i}.")]
-                if keys:
-                    self.optimiser.state[x] = {key.split(".", 2)[2]: state[key].clone() for key in keys}
+                for k, value in enumerate(self.moments[i]):
+                    value.copy_(state[f"moment.{i}.{k}"])
         self.sources = {path: state[f"source.{path}"].clone() for path in self.sources}
         self.rng.set_state(state["rng"])
 

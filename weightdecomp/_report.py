@@ -1,9 +1,9 @@
-"""The report on a decomposed image classifier: text for the terminal and Markdown, and one HTML file with pictures."""
+"""The report on a decomposed image classifier: text, Markdown, and one HTML file with pictures."""
 
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool
@@ -11,11 +11,9 @@ from torch import Tensor
 
 from weightdecomp import _figures
 from weightdecomp._circuits import Circuit
+from weightdecomp._decomposition import Decomposition
 from weightdecomp._figures import Images
 from weightdecomp._verification import Candidate, Verification
-
-if TYPE_CHECKING:
-    from weightdecomp._decomposition import Decomposition
 
 _FREQUENT, _SPECIFIC = 10, 6  # circuits listed
 _RARE = 0.02  # circuits active on fewer images are not called specific
@@ -33,7 +31,7 @@ class Report(NamedTuple):
     """
 
     title: str
-    decomposition: "Decomposition"
+    decomposition: Decomposition
     verification: Verification
     images: Images
 
@@ -54,8 +52,10 @@ def problems(report: Report) -> list[str]:
     if not outcome.converged:
         found.append(f"The run did not converge: {outcome.reason}.")
     if not verification.converged:
-        before = f"the run met it on its own inputs ({outcome.reason}), but " if outcome.converged else ""
-        found.append(f"Not within tolerance on images the run has not seen: {before}here {verification.reason}.")
+        own = f" On the run's own images it was {outcome.damage:.4f}, within it." if outcome.converged else ""
+        found.append(
+            f"Outside the tolerance on images that the run has not seen: {verification.reason}.{own}"
+        )
     if not outcome.compresses:
         found.append(f"The run's verdict: {outcome.verdict}.")
     return found
@@ -65,24 +65,28 @@ def findings(report: Report) -> list[str]:
     """The result in a few sentences."""
     decomposition, verification = report.decomposition, report.verification
     sites = verification.sites
-    n, n_active = sum(site.components for site in sites), sum(site.active for site in sites)
+    n, active = sum(site.components for site in sites), sum(site.active for site in sites)
     right, kept = _accuracy(report)
     live = sum(1 for frequency in decomposition.group_frequencies if frequency > 0)
+    damage, budget = verification.damage, verification.shared.budget
+    budget, n_inputs = verification.shared.budget, verification.n_inputs
     said = [
-        f"{len(sites)} weight matrices are cut into {n} components, grouped into {live} circuits; components and "
-        "remainder sum to the weights exactly.",
-        f"On {verification.n_inputs:,} images that the run has not seen, {n_active:.1f} components are active on a "
-        f"mean image. Keeping only those leaves {kept:.1%} of the images classified right; the whole model has "
-        f"{right:.1%}.",
-        f"The worst ablation of inactive components that was found does {verification.damage:.1%} of the damage of "
-        f"ablating everything ({verification.shared.budget}); the tolerance is {decomposition.tolerance:.1%}.",
+        f"{len(sites)} weight matrices are cut into {n} components, grouped into {live} live circuits; "
+        "components and remainder sum to the weights exactly.",
+        f"{active:.1f} components are active on a mean image, of {n_inputs:,} that the run has not seen. The "
+        f"model classifies {right:.1%} of these right, the active components alone {kept:.1%}.",
+        f"The worst ablation of inactive components that was found ({budget}), one for all images, does "
+        f"{verification.damage:.1%} of the damage of ablating everything; tolerance "
+        f"{decomposition.tolerance:.1%}. Another ablation for every image does "
+        f"{verification.per_input.plateau:.1%}.",
     ]
-    nulls = [one for one in verification.nulls if one.adversarial]
-    if nulls and verification.ours.adversarial:
-        named = ", ".join(f"{one.adversarial.damage:.2f} ({one.name})" for one in nulls if one.adversarial)
+    nulls = [(one.name, one.adversarial) for one in verification.nulls if one.adversarial]
+    ours = verification.ours.adversarial
+    if nulls and ours:
+        named = ", ".join(f"{found.damage:.2g} with {name}" for name, found in nulls)
         said.append(
-            f"With as many active, weights cut up in ways that cannot be right take {named}; this decomposition "
-            f"{verification.ours.adversarial.damage:.2f} under the same attack."
+            f"At the same number active and the same attack ({ours.budget}), damage is {ours.damage:.2g} "
+            f"here, and {named}."
         )
     if decomposition.outcome.compresses:
         said.append(f"The run's verdict: {decomposition.outcome.verdict}.")
@@ -95,13 +99,14 @@ def _accuracy(report: Report) -> tuple[float, float]:
     decomposition, (pixels, labels, _) = report.decomposition, report.images
     whole = decomposition.target(pixels)
     alone = decomposition.ablate(pixels, keep=decomposition.importances(pixels))
-    return tuple(float((output.argmax(-1) == labels).double().mean()) for output in (whole, alone))  # type: ignore
+    right = [(output.argmax(-1) == labels).double().mean() for output in (whole, alone)]
+    return float(right[0]), float(right[1])
 
 
 def text(report: Report) -> str:
-    """The summary for a terminal."""
-    said = [f"! {one}" for one in problems(report)] + [f"- {one}" for one in findings(report)]
-    return "\n\n".join((report.title, "\n".join(said), str(report.verification)))
+    """The summary for a terminal, the sentences last, where they stay in sight."""
+    said = [f"- {one}" for one in findings(report)] + [f"! {one}" for one in problems(report)]
+    return "\n\n".join((report.title, str(report.verification), "\n".join(said)))
 
 
 def markdown(report: Report) -> str:
@@ -125,9 +130,15 @@ def html(report: Report) -> str:
     said = "".join(f"<li>{escape(one)}</li>" for one in findings(report))
     first = escape(decomposition.sites[0].path or "the model")
     sections = (
-        ("Under attack", _picture(_figures.ladder(verification), "damage against attack steps", _ATTACK)),
+        (
+            "Under attack",
+            _picture(_figures.ladder(decomposition, verification), "damage against attack steps", _ATTACK),
+        ),
         ("The same scores for what cannot be right", _candidates(verification)),
-        ("How much is active", _picture(_figures.sizes(decomposition, verification), "sizes by site", _SIZES)),
+        (
+            "How much is active",
+            _picture(_figures.sizes(decomposition, verification), "sizes by site", _SIZES),
+        ),
         (
             f"What the first layer reads ({first})",
             _picture(_figures.directions(decomposition, images), "input directions", _DIRECTIONS),
@@ -144,7 +155,7 @@ def html(report: Report) -> str:
     )
 
 
-def _picture(figure: "_figures.Figure", alt: str, caption: str) -> str:
+def _picture(figure: Any, alt: str, caption: str) -> str:
     source = _figures.png(figure)
     return f'<figure><img src="{source}" alt="{escape(alt)}"><figcaption>{caption}</figcaption></figure>'
 
@@ -152,11 +163,18 @@ def _picture(figure: "_figures.Figure", alt: str, caption: str) -> str:
 def _candidates(verification: Verification) -> str:
     rows = "".join(_candidate(one) for one in (verification.ours, *verification.nulls, verification.dense))
     budget = escape(verification.ours.adversarial.budget) if verification.ours.adversarial else ""
+    heads = (
+        "weights cut up as",
+        "active",
+        "bits per image",
+        "random ablations",
+        "only active on",
+        "worst found",
+    )
+    head = "".join(f"<th>{one}</th>" for one in heads)
     return (
-        "<table><tr><th>weights cut up as</th><th>active</th><th>bits per image</th><th>random ablations</th>"
-        f"<th>only active on</th><th>worst found</th></tr>{rows}</table><p class=note>Damage: 0 is unchanged, 1 is "
-        f"all behaviour lost. Worst found: {budget}, one ablation for all images. Every row has as many components "
-        "active as ours; <i>dense</i> has every rank of every matrix active on every image.</p>"
+        f"<table><tr>{head}</tr>{rows}</table><p class=note>{_CANDIDATES} Worst found: {budget}, one ablation "
+        "for all images.</p>"
     )
 
 
@@ -164,12 +182,14 @@ def _candidate(one: Candidate) -> str:
     if one.ledger is None:
         return f"<tr><td>{escape(one.name)}</td><td colspan=5>skipped: {escape(one.reason)}</td></tr>"
     damages = [f"{f.damage:.3f}" if f else "–" for f in (one.stochastic, one.gates, one.adversarial)]
-    cells = "".join(f"<td>{cell}</td>" for cell in (f"{one.active:.1f}", f"{one.ledger.per_input:.1f}", *damages))
+    cells = "".join(
+        f"<td>{cell}</td>" for cell in (f"{one.active:.1f}", f"{one.ledger.per_input:.1f}", *damages)
+    )
     return f"<tr><td>{escape(one.name)}</td>{cells}</tr>"
 
 
-def _circuits(decomposition: "Decomposition", images: Images) -> str:
-    """The most frequent circuits and those that depend most on the class, with the classes they are active on."""
+def _circuits(decomposition: Decomposition, images: Images) -> str:
+    """The most frequent circuits, those that tell most about the class, and when each is active."""
     active = _figures.active_circuits(decomposition, images)
     frequent = list(range(min(_FREQUENT, len(active))))
     common = [i for i, on in enumerate(active) if float(on.double().mean()) >= _RARE]
@@ -178,9 +198,8 @@ def _circuits(decomposition: "Decomposition", images: Images) -> str:
     tables = []
     for name, chosen in (("Most frequent", frequent), ("Most telling about the digit", specific)):
         rows = "".join(_circuit(i, decomposition.circuits[i], active[i], images) for i in chosen)
-        tables.append(
-            f"<h3>{name}</h3><table class=circuits><tr><th></th><th>members</th><th>all</th>{head}</tr>{rows}</table>"
-        )
+        top = f"<tr><th></th><th>members</th><th>all</th>{head}</tr>"
+        tables.append(f"<h3>{name}</h3><table class=circuits>{top}{rows}</table>")
     return "".join(tables) + f"<p class=note>{_CIRCUITS}</p>"
 
 
@@ -197,7 +216,7 @@ def _circuit(number: int, circuit: Circuit, on: Bool[Tensor, " image"], images: 
     members = ", ".join(_by_site(circuit.members[:_MEMBERS])) + more
     shares = [float(on.double().mean()), *images.by_class(on).tolist()]
     cells = "".join(
-        f'<td style="background:rgba(0,114,178,{0.75 * share:.2f})">{100 * share:.0f}</td>' for share in shares
+        f'<td style="background:rgba(0,114,178,{0.6 * share:.2f})">{100 * share:.0f}</td>' for share in shares
     )
     return f"<tr><td>{number + 1}</td><td>{escape(members)}</td>{cells}</tr>"
 
@@ -210,28 +229,36 @@ def _by_site(members: Sequence[tuple[str, int]]) -> list[str]:
 
 
 _ATTACK = (
-    "Every ablation sets components that are inactive on an image to any value between off and on. The solid line "
-    "searches one ablation for all images (it decides the verdict), the dashed one another for every image, which "
-    "is harder to withstand. Orange: the nulls, attacked with the same search at one budget."
+    "An ablation sets the components that are inactive on an image to any value between off and on. Solid: "
+    "one ablation searched for all images together, which decides the verdict. Dashed: another for every "
+    "image, which is harder to withstand. Cross: the first kind, on the images that the run has seen. Orange: "
+    "the nulls, at the one budget they are attacked with."
+)
+_CANDIDATES = (
+    "Damage: 0 is unchanged, 1 all behaviour lost. Nulls have as many components active as ours, so their bits "
+    "are comparable only where their damage is; dense has every rank of every matrix active on every image."
 )
 _SIZES = "Components per weight matrix. A dense matrix has as many active as its rank, on every image."
 _DIRECTIONS = (
-    "The most frequent components of the first layer. Left: the pixels they read. A component opens when ink falls "
-    "on red (+) more than a threshold, or on blue (−). Middle: the unseen images with the largest such sums. Right: "
-    "the share of each digit's images on which it is open, on either side."
+    "The most frequent components of the first layer. Left: the pixels that one reads. It opens where ink on "
+    "red pixels outweighs ink on blue ones by more than a threshold (+), or the other way round (−). Middle: "
+    "the unseen images that do so most. Right: the share of every digit's images on which it is open, + upwards "
+    "and − downwards."
 )
 _CIRCUITS = (
     "Numbers: per cent of the unseen images on which any member is active; first all images, then by digit. "
     "Members are named as site: component numbers."
 )
 _STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; color: #1a1a1a; max-width: 60rem; margin: 2rem auto; padding: 0 1rem }
+body { font: 16px/1.5 system-ui, sans-serif; color: #1a1a1a }
+body { max-width: 60rem; margin: 2rem auto; padding: 0 1rem }
 h1 { font-size: 1.7rem } h2 { font-size: 1.25rem; margin-top: 2.5rem } h3 { font-size: 1rem }
 .no, .yes { padding: .2rem 1rem; border-left: .4rem solid #b2182b; background: #fdf0ed }
 .yes { border-color: #1b7837; background: #eef7ee }
 figure { margin: 0 } img { max-width: 100% } figcaption, .note { color: #555; font-size: .9rem }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums } th { font-weight: 600; text-align: right }
-td { text-align: right } th, td { padding: .25rem .6rem; border-bottom: 1px solid #e4e4e4 }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums }
+th { font-weight: 600 }
+th, td { text-align: right; padding: .25rem .6rem; border-bottom: 1px solid #e4e4e4 }
 th:first-child, td:first-child, .circuits td:nth-child(2), .circuits th:nth-child(2) { text-align: left }
 .circuits td, .circuits th { padding: .25rem .45rem; min-width: 1.6rem }
 pre { overflow-x: auto; background: #f6f6f6; padding: 1rem; font-size: .8rem }

@@ -17,6 +17,7 @@ from weightdecomp._refine import Frame, Refiner
 from weightdecomp._sample import Sample
 
 _BETTER = 0.99  # a round must save at least one bit in a hundred to be kept
+_PATIENCE = 2  # rounds in a row that may fail before refinement ends
 
 
 class Refined(NamedTuple):
@@ -43,35 +44,44 @@ def refined(
     bar: Progress,
     saved: Checkpoint,
 ) -> Refined:
-    """Open the gates, then refine in rounds until one no longer pays."""
-    kept_steps = saved.document.get("kept_steps", 0)
-    kept = ablation._replace(pieces=_loaded(saved, "best|", ablation)) if kept_steps else ablation
-    best = Refined(kept, Gatekeeper(kept, sample, tolerance, seed).gates(), kept_steps)
+    """Open the gates, then refine in rounds until they no longer pay; the cheapest round is the result."""
+    known = saved.document
+    kept = ablation._replace(pieces=_loaded(saved, "best|", ablation)) if known.get("kept_steps") else ablation
+    best = Refined(kept, Gatekeeper(kept, sample, tolerance, seed).gates(), known.get("kept_steps", 0))
     rng = torch.Generator(device=tensors(sample.batch)[0].device).manual_seed(seed + 1)
     refiner = Refiner(ablation, frames, sample.nothing, config, rng)
-    first = saved.document.get("step", 0)
+    thresholds, price = best.gated.thresholds, best.gated.price
+    first, failed = known.get("step", 0), known.get("failed", 0)
     if first:
         refiner.restore(saved.under("refiner|"))
-    if saved.document.get("finished"):
+        thresholds, price = _on_device(saved.under("gates|"), thresholds), known["price"]
+    if known.get("finished"):
         first = config.steps
     bar.now("refining", first)
     per_round = max(1, math.ceil(config.steps / config.rounds))
     for step in range(first, config.steps):
-        batch = _drawn(sample.batches, config.batch, rng)
-        terms = refiner.step(batch, best.gated.thresholds, step, best.gated.price / sample.nothing)
+        terms = refiner.step(_drawn(sample.batches, config.batch, rng), thresholds, step, price / sample.nothing)
         bar.step(step, terms.as_dict())
-        # One write for all that a step changed: a run resumed between two would mix two steps.
-        changed, document = dict[str, torch.Tensor](), {"step": step + 1}
+        changed = dict[str, torch.Tensor]()
         if (step + 1) % per_round == 0 or step + 1 == config.steps:
             trial = ablation._replace(pieces=refiner.detached())
-            gated = Gatekeeper(trial, sample, tolerance, seed).gates()
-            if not _cheaper(gated, best.gated, tolerance):
+            gated = Gatekeeper(trial, sample, tolerance, seed).gates(near=best.gated.price)
+            thresholds, price, failed = gated.thresholds, gated.price, failed + 1
+            if _cheaper(gated, best.gated, tolerance):
+                best, failed = Refined(trial, gated, step + 1), 0
+                changed = _tensors("best|", trial.pieces)
+            if failed == _PATIENCE:
                 break
-            best = Refined(trial, gated, step + 1)
-            changed, document = _tensors("best|", trial.pieces), {**document, "kept_steps": step + 1}
-        saved.keep({**changed, **{f"refiner|{k}": x for k, x in refiner.state().items()}}, document)
+        # One write for all that a step changed: a run resumed between two would mix two steps.
+        changed |= {f"gates|{path}": x for path, x in thresholds.items()}
+        changed |= {f"refiner|{name}": x for name, x in refiner.state().items()}
+        saved.keep(changed, {"step": step + 1, "kept_steps": best.steps, "failed": failed, "price": price})
     saved.keep({}, {"finished": True}, now=True)
     return best
+
+
+def _on_device(found: Mapping[str, torch.Tensor], like: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {path: found[path].to(x.device) for path, x in like.items()}
 
 
 def _cheaper(new: Gated, old: Gated, tolerance: float) -> bool:

@@ -1,13 +1,17 @@
 """Starts: exact decompositions of one site, made from its weights and inputs without training."""
 
+from typing import NamedTuple
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from weightdecomp._pieces import Pieces, rank_one_pieces
 
-_SAMPLE = 8192  # rows that exemplars are sought among
+_SAMPLE = 6144  # rows that exemplars are sought among
 _REACHED = 1e-9  # relative mean square below which an input direction counts as never used
+_CONE = 512  # rows that a direction is refined on
+_AGREEMENTS = (0.99, 0.9)  # |cosines| from which two inputs count as one direction
 _LEAST_COUNT = 2  # rows that must agree on a direction for it to be an exemplar
 _LEAST_WEIGHT = 0.01  # rows whose effect is below this share of the mean are not looked at
 
@@ -56,10 +60,22 @@ def column_start(reach: Reach, matrix: Float[Tensor, "d_out d_in"]) -> Pieces:
     return reach.lifted(reach.basis, matrix.T)
 
 
-def exemplars(
-    rows: Float[Tensor, "row d"], effects: Float[Tensor, " row"], agreement: float, most: int
-) -> list[Float[Tensor, "exemplar d"]]:
-    """Directions that many inputs share, densest first, cut where the density falls most.
+class Exemplars(NamedTuple):
+    """Directions that many inputs share, densest first.
+
+    Attributes:
+        agreement: |cosine| from which two inputs count as one direction.
+        directions: Unit vectors.
+        cuts: How many of them to take: where the density falls most.
+    """
+
+    agreement: float
+    directions: Float[Tensor, "exemplar d"]
+    cuts: tuple[int, ...]
+
+
+def exemplars(rows: Float[Tensor, "row d"], effects: Float[Tensor, " row"], most: int) -> list[Exemplars]:
+    """Find directions that many inputs share, one set for each agreement.
 
     Inputs that use one mechanism alone lie on its line exactly; inputs that use several lie scattered. So lines that
     many inputs agree on are mechanisms. An input counts as far as the site matters to the output there (up to one), so
@@ -69,42 +85,49 @@ def exemplars(
     Args:
         rows: Inputs of a site.
         effects: Divergence of the final output when the whole site is ablated on that input.
-        agreement: |cosine| from which two inputs count as one direction.
         most: At most so many directions.
-
-    Returns:
-        Up to two sets of directions: cut at the two steepest falls of density.
     """
     if not effects.any():
         return []
     weight = (effects / effects.mean()).clamp_max(1)
-    best = weight.topk(min(_SAMPLE, len(rows))).indices.sort().values
-    best = best[weight[best] > _LEAST_WEIGHT]
-    rows, weight = rows[best], weight[best]
+    kept = (weight > _LEAST_WEIGHT).nonzero()[:_SAMPLE, 0]
+    rows, weight = rows[kept], weight[kept]
     unit = rows / rows.norm(dim=1, keepdim=True)
-    near = ((unit @ unit.T).abs() > agreement).to(unit.dtype)
+    cosines = (unit @ unit.T).abs_()
+    found = [_densest(unit, weight, cosines, agreement, most) for agreement in _AGREEMENTS]
+    return [one for one in found if one is not None]
+
+
+def _densest(
+    unit: Float[Tensor, "row d"],
+    weight: Float[Tensor, " row"],
+    cosines: Float[Tensor, "row row"],
+    agreement: float,
+    most: int,
+) -> Exemplars | None:
+    near = cosines > agreement
     left = torch.ones(len(unit), dtype=torch.bool, device=unit.device)
-    density = near @ weight
+    density = near.to(unit.dtype) @ weight
     counts, found = [], []
     while len(found) < most:
         centre = int(torch.where(left, density, 0).argmax())
         if not left[centre] or density[centre] < _LEAST_COUNT:
             break
         counts.append(float(density[centre]))
-        found.append(_mode(unit[(near[centre] > 0) & left]))
+        found.append(_mode(unit[near[centre] & left][:_CONE]))
         taken = left & ((unit @ found[-1]).abs() > agreement)
         taken[centre] = True
         left &= ~taken
-        density -= weight[taken] @ near[taken]
+        density -= weight[taken] @ near[taken].to(unit.dtype)
     if len(found) < 2:
-        return []
+        return None
     falls = torch.tensor(counts) / torch.tensor([*counts[1:], _LEAST_COUNT])
     cuts = sorted((falls[1:].topk(min(2, len(falls) - 1)).indices + 2).tolist())
-    return [torch.stack(found[:cut]) for cut in cuts]
+    return Exemplars(agreement, torch.stack(found), tuple(cuts))
 
 
 def _mode(unit: Float[Tensor, "row d"]) -> Float[Tensor, " d"]:
-    """The direction that most of a cone's rows share, by halving the cone's angle while a quarter stays."""
+    """The direction that most of a cone's rows share, by narrowing the cone while a quarter stays."""
     cosines = (unit @ unit.T).abs()
     gap = 1 - float(cosines.min())
     least = max(_LEAST_COUNT, len(unit) // 4)
@@ -142,22 +165,12 @@ def exemplar_start(reach: Reach, directions: Float[Tensor, "exemplar reach"]) ->
     return reach.lifted(v, u)
 
 
-def starts(
-    matrix: Float[Tensor, "d_out d_in"],
-    reach: Reach,
-    rows: Float[Tensor, "row d_in"],
-    effects: Float[Tensor, " row"],
-    most: int,
-) -> dict[str, Pieces]:
-    """The portfolio for one site: every start with at most `most` pieces, by name."""
+def plain_starts(matrix: Float[Tensor, "d_out d_in"], reach: Reach, most: int) -> dict[str, Pieces]:
+    """The starts that need no search, by name: singular pairs, output coordinates, input coordinates."""
     d_out, d_in = matrix.shape
     found = {"svd": svd_start(reach)}
     if d_out <= most:
         found["rows"] = row_start(reach)
     if d_in <= most:
         found["columns"] = column_start(reach, matrix)
-    inputs = rows @ reach.basis
-    for agreement in (0.99, 0.9):
-        for directions in exemplars(inputs, effects, agreement, most):
-            found[f"exemplars {len(directions)} at {agreement}"] = exemplar_start(reach, directions)
     return found

@@ -1,0 +1,138 @@
+"""The benchmarks run from end to end on tiny targets, and their arithmetic is right."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import recovery, report, speed
+from benchmarks.recovery import SMOKE, Job, judged, run, rungs
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("results")
+    recovery.smoke(folder)
+    return folder
+
+
+def record(results: Path, job: Job) -> dict:
+    return json.loads(job.path(results).read_text())
+
+
+def test_a_record_holds_every_score_of_every_site(results: Path):
+    found = record(results, Job("tms_5_2_id", 0))
+
+    dense = {"kind", "components", "active", "true_rank", "pattern_errors"}
+    per_feature = {
+        *("kind", "components", "active", "true_components", "pattern_errors", "mmcs", "ml2r", "mmcs_nulls"),
+        *("relative_error_median", "relative_error_max"),
+        *("norm_ratio_median", "norm_ratio_within_5_percent"),
+    }
+    assert {path: set(one) for path, one in found["sites"].items()} == {
+        "linear1": per_feature,
+        "hidden": dense,
+        "linear2": per_feature,
+    }
+
+
+def test_a_record_holds_cost_damage_oracle_nulls_and_provenance(results: Path):
+    found = record(results, Job("tms_5_2_id", 0))
+
+    assert found["cpu_seconds"] > 0 and found["wall_seconds"] > 0 and found["peak_bytes"] > 2**20
+    assert len(found["verification"]["shared"]["damages"]) == len(rungs(SMOKE.attack))
+    assert len(found["oracle"]["per_input"]["damages"]) == len(rungs(SMOKE.attack))
+    assert found["verification"]["long"]["steps"] == rungs(SMOKE.long_attack)
+    assert {"ours", "random directions", "SVD"} <= set(found["nulls"])
+    assert {"commit", "torch", "machine", "date"} <= set(found["provenance"])
+    assert found["settings"]["config"] == SMOKE.config.to_dict()
+
+
+def test_an_untrained_network_is_recorded_with_its_verdict_alone(results: Path):
+    found = record(results, Job("tms_5_2_id", 0, "untrained"))
+
+    assert isinstance(found["outcome"]["compresses"], bool)
+    assert "sites" not in found
+
+
+def test_a_summary_counts_passes_and_quotes_medians(results: Path):
+    found = json.loads((results / "recovery.json").read_text())["tasks"]["tms_5_2_id"]
+
+    own = record(results, Job("tms_5_2_id", 0))
+    assert found["passed"] == int(own["passed"])
+    assert found["damage"] == {"median": own["damage"], "low": own["damage"], "high": own["damage"]}
+
+
+def test_a_table_has_a_row_for_every_task_that_ran(results: Path):
+    text = (results / "recovery.md").read_text()
+
+    assert "| tms_5_2_id " in text and "tms_40_10" not in text
+
+
+def test_a_job_that_has_a_record_is_not_run_again(results: Path, monkeypatch: pytest.MonkeyPatch):
+    job = Job("tms_5_2_id", 0)
+    monkeypatch.setattr(recovery, "jobs", lambda tasks: ([job], {"tms_5_2_id": 0}))
+    before = job.path(results).stat().st_mtime_ns
+
+    failures = recovery.run_all(["tms_5_2_id"], results, fresh=False)
+
+    assert failures == 0
+    assert job.path(results).stat().st_mtime_ns == before
+
+
+def test_recovery_refuses_a_task_that_does_not_exist(capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit):
+        recovery.main(["--only", "tms_6_3"])
+
+    assert "no tasks ['tms_6_3']" in capsys.readouterr().err
+
+
+def test_a_run_is_judged_at_320_steps_or_at_the_end_of_a_shorter_ladder():
+    assert judged([20, 320, 1280]) == 1
+    assert judged([20, 40]) == 1
+
+
+def test_a_run_leaves_the_global_random_state_alone():
+    before = torch.get_rng_state()
+
+    run("tms_5_2", 0, "untrained", SMOKE)
+
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_speed_compares_all_three_targets():
+    found = speed.compared(smoke=True)
+
+    assert len(found["cases"]) == 3
+    assert all(one["multiple"]["median"] > 0 for one in found["cases"].values())
+    assert all(one["memory_multiple"] > 1 for one in found["cases"].values())
+
+
+def test_peak_of_a_call_is_what_it_holds_at_once():
+    def call() -> None:
+        first = torch.zeros(1000)
+        second = first + 1
+        del first, second
+
+    assert speed.peak_of(call) == pytest.approx(8000, abs=256)
+
+
+def test_a_spread_is_median_and_range():
+    found = report.spread([3.0, 1.0, 2.0])
+
+    assert found == (2.0, 1.0, 3.0)
+    assert found.text(".1f") == "2.0 (1.0-3.0)"
+
+
+def test_writing_json_refuses_what_json_cannot_hold(tmp_path: Path):
+    with pytest.raises(ValueError, match="JSON"):
+        report.write_json(tmp_path / "a.json", {"x": float("nan")})
+
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_table_pads_its_columns():
+    found = report.table(("name", "x"), [("a", "1.5"), ("long name", "2")])
+
+    assert found.splitlines()[2:] == ["| a         | 1.5 |", "| long name |   2 |"]

@@ -1,0 +1,225 @@
+"""The command line: `python -m weightdecomp demo | decompose | verify`; each verb is one call of the API.
+
+Exit codes: 0; 1 if the tolerance was not met (decompose and verify); 2 for a mistake in what was given;
+130 for Ctrl-C.
+"""
+
+import argparse
+import inspect
+import json
+import math
+import sys
+import warnings
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from weightdecomp import Config, Decomposition, NumericalWarning, decompose, load
+from weightdecomp._loading import loaded_batches, loaded_divergence, loaded_model
+from weightdecomp._storage import check_vacant
+from weightdecomp._verification import Verification
+
+# What a user's own mistakes raise; anything else is a defect of ours and keeps its traceback.
+_MISTAKES = (ValueError, TypeError, OSError, ImportError, AttributeError)
+_UNMET, _MISTAKE, _INTERRUPTED = 1, 2, 130
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """Run one verb and return its exit code; `words` are the command's, without its name."""
+    given = _parser().parse_args(words)
+    try:
+        with warnings.catch_warnings():
+            # An unmet tolerance is in the output and in the exit code.
+            warnings.simplefilter("ignore", NumericalWarning)
+            return given.verb(given)
+    except _MISTAKES as error:
+        print(f"weightdecomp: {error}", file=sys.stderr)
+        return _MISTAKE
+    except KeyboardInterrupt as error:
+        hint = str(error) or "interrupted; with --checkpoint DIR a run can be resumed"
+        print(f"\nweightdecomp: {hint}", file=sys.stderr)
+        return _INTERRUPTED
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("python -m weightdecomp", description=_ABOUT, allow_abbrev=False)
+    verbs = parser.add_subparsers(required=True, metavar="demo | decompose | verify")
+    demo = _verb(
+        verbs, "demo", _demo, "decompose a small digit classifier that comes along, and report on it"
+    )
+    demo.add_argument("--out", type=Path, default=Path("demo"), metavar="DIR", help="default: %(default)s")
+    _add_run(demo)
+    run = _verb(verbs, "decompose", _decompose, "decompose a model of yours, and save the result")
+    run.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to save to, new or empty")
+    _add_model(run)
+    _add_run(run)
+    run.add_argument(
+        "--sites", action="append", metavar="PATTERN", help="module paths, as in layers.*; repeatable"
+    )
+    run.add_argument("--divergence", default="auto", metavar="NAME", help=_DIVERGENCE)
+    run.add_argument("--checkpoint", type=Path, metavar="DIR", help="keep progress there; repeat to resume")
+    check = _verb(verbs, "verify", _verify, "attack a saved decomposition on inputs it has not seen")
+    check.add_argument("directory", type=Path, metavar="DIR", help="what `decompose --out` wrote")
+    _add_model(check)
+    check.add_argument("--steps", type=int, default=1280, metavar="N", help="longest attack (%(default)s)")
+    check.add_argument("--seed", type=int, default=0, metavar="N", help="of every random draw (0)")
+    check.add_argument("--divergence", metavar="NAME", help="the function, if the run was given one of yours")
+    return parser
+
+
+def _verb(verbs: Any, name: str, function: Any, about: str) -> argparse.ArgumentParser:
+    parser = verbs.add_parser(name, help=about, description=about, allow_abbrev=False)
+    parser.set_defaults(verb=function)
+    parser.add_argument("--json", action="store_true", help="print one JSON document instead of text")
+    parser.add_argument("--no-progress", action="store_true", help="no progress bar on stderr")
+    return parser
+
+
+def _add_model(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", required=True, metavar="MODULE:FACTORY", help=_MODEL)
+    parser.add_argument(
+        "--weights", type=Path, metavar="FILE", help="safetensors; default: the factory's own"
+    )
+    parser.add_argument("--data", required=True, metavar="MODULE:FUNCTION", help=_DATA)
+
+
+def _add_run(parser: argparse.ArgumentParser) -> None:
+    tolerance = inspect.signature(decompose).parameters["tolerance"].default
+    parser.add_argument("--steps", type=int, metavar="N", help=f"of refinement ({Config().steps})")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of every random draw (0)")
+    parser.add_argument("--tolerance", type=float, default=tolerance, metavar="X", help=_TOLERANCE)
+
+
+def _decompose(given: argparse.Namespace) -> int:
+    check_vacant(given.out, "decomposition")
+    model, batches = loaded_model(given.model, given.weights), loaded_batches(given.data)
+    decomposition = decompose(
+        model,
+        batches,
+        sites=given.sites,
+        tolerance=given.tolerance,
+        divergence=loaded_divergence(given.divergence),
+        seed=given.seed,
+        checkpoint=given.checkpoint,
+        config=_config(given),
+        progress=not given.no_progress,
+    )
+    decomposition.save(given.out)
+    document = {"out": str(given.out), "seed": given.seed, **_document(decomposition)}
+    _say(given, document, f"{decomposition}\nsaved        {given.out}")
+    return 0 if decomposition.converged else _UNMET
+
+
+def _verify(given: argparse.Namespace) -> int:
+    model, batches = loaded_model(given.model, given.weights), loaded_batches(given.data)
+    function = loaded_divergence(given.divergence) if given.divergence else None
+    if isinstance(function, str):
+        raise ValueError(
+            f"--divergence of verify is a function, module:name, got {function!r}; built-in ones are saved"
+        )
+    verification = _verified(given, load(given.directory, model, function), batches, given.steps)
+    _say(given, verification.to_dict(), str(verification))
+    return 0 if verification.converged else _UNMET
+
+
+def _demo(given: argparse.Namespace) -> int:
+    """Decompose the classifier on its training images, and attack the result on its test images."""
+    from weightdecomp import _digits, _figures, _report
+
+    _figures.check_plotting()
+    saved = given.out / "decomposition"
+    check_vacant(saved if saved.exists() else given.out, "decomposition")
+    decomposition = decompose(
+        _digits.model(),
+        _digits.batches("train"),
+        tolerance=given.tolerance,
+        divergence="kl",  # the outputs are logits of the ten digits, which a plain tensor cannot tell
+        seed=given.seed,
+        config=_config(given),
+        progress=not given.no_progress,
+    )
+    decomposition.save(saved)
+    test = _digits.batches("test")
+    verification = _verified(given, decomposition, test, 1280)
+    images = _figures.Images(torch.cat(test), _digits.labels("test"), side=8)
+    report = _report.Report(
+        "A classifier of handwritten digits, decomposed", decomposition, verification, images
+    )
+    report.write(given.out)
+    page = given.out / "report.html"
+    document = {"report": str(page), **_document(decomposition), "verification": verification.to_dict()}
+    _say(given, document, f"{_report.text(report)}\n\nReport with pictures: {page}\nDecomposition: {saved}")
+    return 0
+
+
+def _config(given: argparse.Namespace) -> Config:
+    return Config() if given.steps is None else Config(steps=given.steps)
+
+
+def _verified(
+    given: argparse.Namespace, decomposition: Decomposition, batches: Any, steps: int
+) -> Verification:
+    """`Decomposition.verify` under a progress bar."""
+    with tqdm(desc="verify", disable=given.no_progress, leave=False, dynamic_ncols=True) as bar:
+
+        def show(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        return decomposition.verify(batches, steps=steps, seed=given.seed, on_progress=show)
+
+
+def _document(decomposition: Decomposition) -> dict[str, Any]:
+    """A decomposition's figures as plain values."""
+    sites = []
+    for site in decomposition.sites:
+        parts = decomposition.parts[site.path]
+        share = float(decomposition.remainders[site.path].norm() / site.matrix().norm()) ** 2
+        sites.append(
+            {
+                "path": site.path,
+                "shape": list(site.shape),
+                "components": parts.pieces.n,
+                "live": int((parts.frequencies > 0).sum()),
+                "active": float(parts.frequencies.sum()),
+                "remainder": share,
+                "start": parts.start,
+            }
+        )
+    pairs = zip(decomposition.groups, decomposition.group_frequencies, strict=True)
+    return {
+        "sites": sites,
+        "circuits": [{"members": group, "frequency": frequency} for group, frequency in pairs],
+        "skipped": [{"name": one.name, "reason": one.reason} for one in decomposition.skipped],
+        "divergence": {"name": decomposition.divergence.name, "reason": decomposition.divergence.reason},
+        "tolerance": decomposition.tolerance,
+        "config": decomposition.config.to_dict(),
+        **asdict(decomposition.outcome),
+    }
+
+
+def _say(given: argparse.Namespace, document: dict[str, Any], text: str) -> None:
+    print(json.dumps(_plain(document), indent=1) if given.json else text)
+
+
+def _plain(value: Any) -> Any:
+    """JSON has no infinity and no NaN; they become text."""
+    if isinstance(value, dict):
+        return {key: _plain(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(one) for one in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+_ABOUT = "Decompose a trained PyTorch checkpoint's weights into circuits, and attack the result."
+_MODEL = "function or class that makes the model, called without arguments, as in package.module:factory"
+_DATA = "function that returns batches of sample inputs, called without arguments"
+_DIVERGENCE = "auto, mse, kl, or a function of yours as package.module:name (auto)"
+_TOLERANCE = "largest damage under attack, as a share of ablating everything (%(default)s)"
+
+if __name__ == "__main__":
+    sys.exit(main())
