@@ -20,6 +20,7 @@ from weightdecomp._divergence import Divergence, choose
 from weightdecomp._effects import opened
 from weightdecomp._forward import Masks, Record
 from weightdecomp._pieces import Pieces, rank_one_pieces
+from weightdecomp._regimes import ladder
 from weightdecomp._sites import Site, find_sites
 from weightdecomp._verify import Verification, verification
 
@@ -217,12 +218,20 @@ def test_a_table_with_as_many_positions_as_there_are_inputs_is_not_taken_for_inp
 
 def test_a_search_that_stands_still_stops_and_says_so():
     decomposition, batch = linear()
+    trial = _verify._trial(decomposition, [batch], 1024, 1)
 
-    found = small(decomposition, batch, steps=1280, restarts=1).shared
+    found = ladder(trial, [20, 640, 1280], 1, False, generator())
 
     assert found.spent < 300
     assert found.damages[-1] == found.damages[-2]
     assert f"at a plateau after {found.spent}" in found.budget
+
+
+def test_the_second_restart_starts_from_zeros():
+    climb = Climb(3, 2, 4, torch.zeros(()), generator())
+
+    assert not climb.sources[1].any()
+    assert climb.sources[0].any() and climb.sources[2].any()
 
 
 def test_an_undefined_output_counts_as_the_worst_there_is():
@@ -309,6 +318,20 @@ def test_inputs_that_do_not_fit_into_memory_at_once_give_the_same_figures(monkey
     assert_close(parts.damage, whole.damage)
 
 
+def test_a_target_in_half_precision_keeps_its_damages():
+    decomposition, batch = mlp()
+    whole = small(decomposition, batch)
+    pieces = {
+        path: Pieces(own.v.float(), own.u.float(), own.owner) for path, own in decomposition.pieces.items()
+    }
+    target, batch = decomposition.target.bfloat16(), batch.bfloat16()
+
+    found = small(result(target, batch, 0.5, lambda site: pieces[site.path]), batch)
+
+    # bfloat16 has 8 bits, so that gates open on a few other inputs.
+    assert abs(found.damage - whole.damage) < 0.1 * whole.damage
+
+
 def test_batches_of_different_lengths_are_verified_together():
     decomposition, _ = mlp()
     batches = [normal(3, 5, 4), normal(4, 2, 4)]
@@ -375,6 +398,17 @@ def test_the_bound_is_above_every_attack(name: str, divergence: str):
     assert found.bound is not None, found.bound_reason
     assert found.bound.evidence == "bound"
     assert found.bound.damage >= found.per_input.plateau > 0
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_with_every_gate_open_the_bound_is_nothing(name: str):
+    model, batch = filled(MODELS[name][0]()), MODELS[name][1]
+
+    found = small(result(model, batch, OPEN), batch, bound=True, steps=1).bound
+
+    assert found is not None
+    # The box widens by 1e-9 of its terms at every operation, and the damage is a square.
+    assert found.damage < 1e-12
 
 
 def own(output: Tensor, target: Tensor) -> Tensor:

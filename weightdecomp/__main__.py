@@ -24,8 +24,9 @@ from weightdecomp._storage import check_vacant
 from weightdecomp._verification import Verification
 
 # What a user's own mistakes raise; anything else is a defect of ours and keeps its traceback.
-_MISTAKES = (ValueError, TypeError, OSError, ImportError, AttributeError)
+_MISTAKES = (ValueError, TypeError, OSError, ImportError)
 _UNMET, _MISTAKE, _INTERRUPTED = 1, 2, 130
+_ATTACK = 1280  # steps of the longest attack, unless given
 
 
 def main(words: Sequence[str] | None = None) -> int:
@@ -65,8 +66,8 @@ def _parser() -> argparse.ArgumentParser:
     check = _verb(verbs, "verify", _verify, "attack a saved decomposition on inputs it has not seen")
     check.add_argument("directory", type=Path, metavar="DIR", help="what `decompose --out` wrote")
     _add_model(check)
-    check.add_argument("--steps", type=int, default=1280, metavar="N", help="longest attack (%(default)s)")
-    check.add_argument("--seed", type=int, default=0, metavar="N", help="of every random draw (0)")
+    check.add_argument("--steps", type=int, default=_ATTACK, metavar="N", help="longest attack (%(default)s)")
+    _add_seed(check)
     check.add_argument("--divergence", metavar="NAME", help="the function, if the run was given one of yours")
     return parser
 
@@ -90,8 +91,20 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
 def _add_run(parser: argparse.ArgumentParser) -> None:
     tolerance = inspect.signature(decompose).parameters["tolerance"].default
     parser.add_argument("--steps", type=int, metavar="N", help=f"of refinement ({Config().steps})")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of every random draw (0)")
+    _add_seed(parser)
     parser.add_argument("--tolerance", type=float, default=tolerance, metavar="X", help=_TOLERANCE)
+
+
+def _add_seed(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--seed", type=_seed, default=0, metavar="N", help="of every random draw (0)")
+
+
+def _seed(word: str) -> int:
+    """A seed that torch takes."""
+    seed = int(word)
+    if not 0 <= seed < 2**32:
+        raise argparse.ArgumentTypeError(f"expected a number from 0 to 2^32 - 1, got {seed}")
+    return seed
 
 
 def _decompose(given: argparse.Namespace) -> int:
@@ -128,9 +141,11 @@ def _verify(given: argparse.Namespace) -> int:
 
 def _demo(given: argparse.Namespace) -> int:
     """Decompose the classifier on its training images, and attack the result on its test images."""
-    from weightdecomp import _digits, _figures, _report
+    from weightdecomp import _digits, _figures, _page, _report
 
     _figures.check_plotting()
+    # Matrices this small gain nothing from a second thread, and wait for it where other work competes.
+    torch.set_num_threads(1)
     saved = given.out / "decomposition"
     check_vacant(saved if saved.exists() else given.out, "decomposition")
     decomposition = decompose(
@@ -144,13 +159,12 @@ def _demo(given: argparse.Namespace) -> int:
     )
     decomposition.save(saved)
     test = _digits.batches("test")
-    verification = _verified(given, decomposition, test, 1280)
+    verification = _verified(given, decomposition, test, _ATTACK)
     images = _figures.Images(torch.cat(test), _digits.labels("test"), side=8)
     report = _report.Report(
         "A classifier of handwritten digits, decomposed", decomposition, verification, images
     )
-    report.write(given.out)
-    page = given.out / "report.html"
+    page = _page.write(report, given.out)
     document = {"report": str(page), **_document(decomposition), "verification": verification.to_dict()}
     _say(given, document, f"{_report.text(report)}\n\nReport with pictures: {page}\nDecomposition: {saved}")
     return 0

@@ -43,8 +43,8 @@ class Climb:
         self, value: Float[Tensor, "restart group"], grad: Float[Tensor, "restart group source"]
     ) -> None:
         """Take in what the present sources do, and choose the next ones."""
-        # An undefined output is the worst there is, and says nothing on where to go.
-        value, grad = value.nan_to_num(nan=torch.inf, posinf=torch.inf), grad.nan_to_num(nan=0.0)
+        # An undefined output is the worst there is; the sign of its undefined gradient is 0.
+        value = value.nan_to_num(nan=torch.inf, posinf=torch.inf)
         risen, record = value > self._top * (1 + GAIN), value > self.best
         self._failed = torch.where(risen, 0, self._failed + 1)
         self._top = torch.where(risen, value, self._top)

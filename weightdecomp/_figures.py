@@ -50,7 +50,7 @@ def check_plotting() -> None:
     Raises:
         ModuleNotFoundError: If matplotlib is not installed.
     """
-    _canvas(1, 1)
+    _canvas(1.0, 1.0)
 
 
 def _canvas(width: float, height: float) -> Any:

@@ -1,6 +1,6 @@
 """The fit: components from the portfolio, and the gates that a given tolerance can afford."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -18,12 +18,12 @@ from weightdecomp._pieces import Pieces
 from weightdecomp._refine import Frame, frame
 from weightdecomp._sample import Sample, site_rows
 from weightdecomp._sites import Site
-from weightdecomp._starts import Exemplars, Reach, exemplar_start, exemplars, plain_starts
+from weightdecomp._starts import Reach, exemplar_start, exemplars, plain_starts
 
 _ROUNDS = 10  # bisections of the price
 _SCOUT = (6, 2, 1024)  # steps, restarts and inputs of the attack inside the bisection
 REVIEW = (20, 3, 2048)  # and of the attack that a result must withstand
-_WORTH = 0.97  # a longer or shorter set of exemplars must save three bits in a hundred
+_CLOSE = 1.1  # starts from exemplars within this factor of the fewest bits are told apart by the fall of density
 _NEAR = 4.0  # factor around a known price within which the next one is sought
 _SHARE = 0.8  # share of the tolerance aimed at, so that longer attacks still meet it
 
@@ -73,39 +73,21 @@ def chosen_start(
     rows, hits = site_rows(model, sample, site, divergence)
     reach = Reach(matrix, rows)
     most = max(2, int(config.capacity * min(matrix.shape)))
-    portfolio, bits = plain_starts(matrix, reach, most), dict[str, float]()
-
-    def priced(name: str) -> float:
-        if name not in bits:
-            bits[name] = _bits_alone(model, sample, site, portfolio[name], divergence, tolerance)
-        return bits[name]
-
-    for name in list(portfolio):
-        priced(name)
+    portfolio, falls = plain_starts(matrix, reach, most), dict[str, float]()
     for family in exemplars(rows @ reach.basis, hits, most):
-
-        def cut(n: int, family: Exemplars = family) -> float:
+        for n, fall in family.cuts.items():
             name = f"exemplars {n} at {family.agreement}"
-            portfolio.setdefault(name, exemplar_start(reach, family.directions[:n]))
-            return priced(name)
-
-        n = min(family.cuts, key=cut)
-        if cut(n) <= min(bits.values()):
-            _climbed(cut, n, len(family.directions))
+            portfolio[name] = exemplar_start(reach, family.directions[:n])
+            falls[name] = fall
+    bits = {name: _bits_alone(model, sample, site, pieces, divergence, tolerance) for name, pieces in portfolio.items()}
     order = sorted(bits, key=lambda name: bits[name])
+    close = [name for name in order if name in falls and bits[name] <= _CLOSE * bits[order[0]]]
+    if order[0] in falls:
+        # Bits hardly tell one exemplar more or less; where the density falls most, the mechanisms end.
+        order.insert(0, order.pop(order.index(max(close, key=lambda name: falls[name]))))
     best = portfolio[order[0]]
     found = {"basis": reach.basis, "power": reach.power}
     return Start(order[0], best, frame(**found, matrix=matrix, pieces=best), {k: bits[k] for k in order}, found)
-
-
-def _climbed(cost: Callable[[int], float], n: int, most: int) -> int:
-    """A number near n that is worth the change, one or two up or down at a time; else the fall of density decides."""
-    while True:
-        near = [m for m in (n + 1, n + 2, n - 1, n - 2) if 2 <= m <= most]
-        best = min(near, key=cost, default=n)
-        if cost(best) > _WORTH * cost(n):
-            return n
-        n = best
 
 
 def _bits_alone(

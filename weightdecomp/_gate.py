@@ -1,7 +1,7 @@
 """Soft gates and the masks that they and the sources make, fused: one pass forward and one backward by hand.
 
-A refinement step spends most of what it spends outside matrix products here, so that every pass over the activations
-counts.
+A refinement step spends most of what it spends outside matrix products here, so that every pass over the
+activations counts.
 """
 
 from typing import Any
@@ -34,11 +34,11 @@ def gated(
         group: Row of the pool that each of the first inputs took its sources from.
 
     Returns:
-        The masks. Their gradient with respect to g leaks below a ramp only where the loss wants the gate to rise.
-        And the mean number of open gates per row, with a slope wherever a gate is not shut.
+        The masks; their gradient leaks below a ramp only where the loss wants the gate to rise. And the mean
+        number of open gates per row, with a slope wherever a gate is not shut.
 
     Source:
-        Straight gradients inside a ramp and the leak below it after VPD (Goodfire 2026, S6); the rest is ours.
+        The gradients inside a ramp and below it after VPD (Goodfire 2026, S6); the rest is ours.
     """
     return _Gated.apply(activations, thresholds, sources, pool, group)
 

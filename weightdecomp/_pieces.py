@@ -77,7 +77,7 @@ class Pieces(NamedTuple):
             own = self.owner == index
             q_u, r_u = torch.linalg.qr(u[own].T)
             q_v, r_v = torch.linalg.qr(v[own].T)
-            left, sizes, right = torch.linalg.svd(r_u @ r_v.T)
+            left, sizes, right = torch.linalg.svd(r_u @ r_v.T, full_matrices=False)
             n = int(own.sum())
             pad = n - len(sizes)
             u[own] = torch.nn.functional.pad((q_u @ left * sizes).T, (0, 0, 0, pad))

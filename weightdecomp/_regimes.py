@@ -158,7 +158,7 @@ def stochastic(trial: Trial, rng: torch.Generator) -> Figure:
         return masks_from(part.importances, drawn_sources(trial.ablation, n, rng), group)
 
     found = torch.tensor([mean_divergence(trial, drawn) for _ in range(DRAWS)], dtype=torch.float64)
-    error = float(found.std() * 0) / trial.nothing
+    error = float(found.std() / DRAWS**0.5) / trial.nothing
     mean = float(found.mean())
     return Figure(mean / trial.nothing, mean, "estimate", f"{DRAWS} draws per input", error=error)
 

@@ -10,6 +10,7 @@ from weightdecomp._pieces import Pieces, rank_one_pieces
 
 _SAMPLE = 6144  # rows that exemplars are sought among
 _REACHED = 1e-9  # relative mean square below which an input direction counts as never used
+_CUTS = 3  # numbers of exemplars that the ledger chooses from
 _CONE = 512  # rows that a direction is refined on
 _AGREEMENTS = (0.99, 0.9)  # |cosines| from which two inputs count as one direction
 _LEAST_COUNT = 2  # rows that must agree on a direction for it to be an exemplar
@@ -66,12 +67,12 @@ class Exemplars(NamedTuple):
     Attributes:
         agreement: |cosine| from which two inputs count as one direction.
         directions: Unit vectors.
-        cuts: How many of them to take: where the density falls most.
+        cuts: How many of them to take, each with the factor by which the density falls there.
     """
 
     agreement: float
     directions: Float[Tensor, "exemplar d"]
-    cuts: tuple[int, ...]
+    cuts: dict[int, float]
 
 
 def exemplars(rows: Float[Tensor, "row d"], effects: Float[Tensor, " row"], most: int) -> list[Exemplars]:
@@ -122,8 +123,9 @@ def _densest(
     if len(found) < 2:
         return None
     falls = torch.tensor(counts) / torch.tensor([*counts[1:], _LEAST_COUNT])
-    cuts = sorted((falls[1:].topk(min(2, len(falls) - 1)).indices + 2).tolist())
-    return Exemplars(agreement, torch.stack(found), tuple(cuts))
+    steepest = falls[1:].topk(min(_CUTS, len(falls) - 1))
+    cuts = {int(i) + 2: float(fall) for fall, i in zip(*steepest, strict=True)}
+    return Exemplars(agreement, torch.stack(found), cuts)
 
 
 def _mode(unit: Float[Tensor, "row d"]) -> Float[Tensor, " d"]:
@@ -153,15 +155,15 @@ def exemplar_start(reach: Reach, directions: Float[Tensor, "exemplar reach"]) ->
     n = len(directions)
     v = torch.linalg.pinv(directions.T)
     u = directions @ reach.weight.T
-    missing = reach.weight - u.T @ v
-    if missing.norm() > 1e-5 * reach.weight.norm():
-        if n >= u.shape[1]:
-            v = v + torch.linalg.pinv(u.T, rtol=1e-4) @ missing
-        else:
-            root = reach.power.sqrt()
-            left, sizes, right = torch.linalg.svd(missing * root, full_matrices=False)
-            kept = sizes > 1e-5 * sizes[0]
-            v, u = torch.cat([v, right[kept] / root]), torch.cat([u, (left * sizes).T[kept]])
+    missing, rounding = reach.weight - u.T @ v, 1e-5 * reach.weight.norm()
+    if missing.norm() > rounding and n >= u.shape[1]:
+        v = v + torch.linalg.pinv(u.T, rtol=1e-4) @ missing
+        missing = reach.weight - u.T @ v
+    if missing.norm() > rounding:
+        root = reach.power.sqrt()
+        left, sizes, right = torch.linalg.svd(missing * root, full_matrices=False)
+        kept = sizes > 1e-5 * sizes[0]
+        v, u = torch.cat([v, right[kept] / root]), torch.cat([u, (left * sizes).T[kept]])
     return reach.lifted(v, u)
 
 

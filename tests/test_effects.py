@@ -1,0 +1,171 @@
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.testing import assert_close
+
+from tests.models import Calls, case, drawn, seeded
+from weightdecomp import _effects
+from weightdecomp._divergence import kl, mse
+from weightdecomp._effects import Trade, effects, highest_price, opened, sensitivities
+from weightdecomp._forward import inner_activations, masked, recorded
+from weightdecomp._pieces import Pieces, rank_one_pieces
+from weightdecomp._sites import find_sites
+
+
+def estimated(model: nn.Module, x: Tensor, path: str, pieces: Pieces) -> Tensor:
+    """What the engine expects of ablating each component alone."""
+    sites, _ = find_sites(model, x, [path])
+    record = recorded(model, x, sites)
+    rng = torch.Generator().manual_seed(0)
+    (sensitivity,) = sensitivities(model, x, sites[0], record, "mse", rng)
+    (inner,) = inner_activations(record, sites[0], pieces)
+    return effects(inner, pieces, sensitivity)
+
+
+@torch.no_grad()
+def measured(model: nn.Module, x: Tensor, path: str, pieces: Pieces) -> Tensor:
+    """The same by doing it, one component after the other."""
+    sites, _ = find_sites(model, x, [path])
+    hits = []
+    for c in range(pieces.n):
+        mask = torch.ones(pieces.n, dtype=torch.float64)
+        mask[c] = 0
+        hits.append(mse(masked(model, x, sites, {path: pieces}, {path: [mask]}), model(x)))
+    return torch.stack(hits, -1)
+
+
+def test_effects_before_a_linear_readout_are_the_damage_of_single_ablations():
+    """Intervention. One output, so that the random output directions leave no sampling error."""
+    model = seeded(nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 1))).double()
+    v, owner = drawn(5, 4), torch.tensor([0, 0, 1, 2, 2])
+    u = (model[0].weight @ torch.linalg.pinv(v)).T.detach()
+    pieces = Pieces(v, u, owner)
+
+    found = estimated(model, drawn(9, 4, seed=2), "0", pieces)
+
+    assert_close(found, measured(model, drawn(9, 4, seed=2), "0", pieces))
+
+
+def test_effects_of_neurons_before_a_relu_are_the_damage_of_single_ablations():
+    """Intervention: exact across the kink, since the gradient is averaged on the way from off to on."""
+    model = seeded(nn.Sequential(nn.Linear(4, 6, bias=False), nn.ReLU(), nn.Linear(6, 1))).double()
+    pieces = rank_one_pieces(model[0].weight.detach(), torch.eye(6).double())
+
+    found = estimated(model, drawn(9, 4, seed=2), "0", pieces)
+
+    assert_close(found, measured(model, drawn(9, 4, seed=2), "0", pieces))
+    assert (found > 0).any() and (found == 0).any()
+
+
+def test_effects_of_neurons_before_a_square_are_the_damage_of_single_ablations():
+    """A gradient at full strength alone would be wrong by a factor of four here."""
+    square = Calls(lambda m, h: h.square())
+    model = seeded(nn.Sequential(nn.Linear(4, 6, bias=False), square, nn.Linear(6, 1))).double()
+    pieces = rank_one_pieces(model[0].weight.detach(), torch.eye(6).double())
+
+    found = estimated(model, drawn(9, 4, seed=2), "0", pieces)
+
+    assert_close(found, measured(model, drawn(9, 4, seed=2), "0", pieces))
+
+
+@pytest.mark.parametrize("divergence", ["mse", "kl"])
+def test_probes_measure_a_small_change_of_the_output(divergence: str, monkeypatch: pytest.MonkeyPatch):
+    """E[(r . df)^2] is the divergence to second order; 4,000 probes leave 5 % of sampling error."""
+    logits, change = drawn(1, 5), 1e-3 * drawn(1, 5, seed=2)
+    rng = torch.Generator().manual_seed(0)
+
+    probes = torch.cat([_effects._probe(divergence, logits, rng) for _ in range(4000)])
+
+    expected = (kl if divergence == "kl" else mse)(logits + change, logits)
+    assert_close((probes @ change[0]).square().mean(0, keepdim=True), expected, rtol=0.15, atol=0)
+
+
+def test_sensitivities_of_a_shared_module_count_the_way_through_its_later_calls():
+    target = case("one module twice", torch.float64)
+    sites, _ = find_sites(target.model, target.batch, ["mix"])
+    record = recorded(target.model, target.batch, sites)
+    outputs: list[Tensor] = []
+
+    def kept(m: nn.Module, args: Any, output: Tensor) -> None:
+        outputs.append(output)
+
+    rng = torch.Generator().manual_seed(0)
+    found = sensitivities(target.model, target.batch, sites[0], record, "mse", rng)
+
+    handle = target.model.mix.register_forward_hook(kept)
+    expected = [torch.zeros_like(one[0]) for one in found]
+    probe = _effects._probe("mse", record.output, torch.Generator().manual_seed(0))
+    weight = target.model.mix.weight.detach().clone()
+    for share in _effects._PATH:
+        outputs.clear()
+        target.model.mix.weight.data = share * weight
+        projection = (target.model(target.batch) * probe).sum()
+        for total, grad in zip(expected, torch.autograd.grad(projection, outputs), strict=True):
+            total += grad / len(_effects._PATH)
+    handle.remove()
+    assert_close([one[0] for one in found], expected)
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_a_site_that_the_output_does_not_depend_on_has_no_sensitivity(frozen: bool):
+    model = Calls(lambda m, x: (m.a(x), m.b(x)), a=nn.Linear(3, 2), b=nn.Linear(3, 2))
+    x = drawn(5, 3).float()
+    seeded(model).requires_grad_(not frozen)
+    sites, _ = find_sites(model, x)
+
+    (found,) = sensitivities(model, x, sites[1], recorded(model, x, sites), "mse", torch.Generator())
+
+    assert not found.any()
+
+
+@given(rows=st.integers(1, 7), n=st.integers(1, 3), price=st.floats(0.01, 3), seed=st.integers(0, 2**16))
+@settings(max_examples=60)
+def test_thresholds_are_the_best_of_all(rows: int, n: int, price: float, seed: int):
+    """Reference: every set of gates that a threshold on each arm can open, tried one by one."""
+    activations, hits = drawn(rows, n, seed=seed), drawn(rows, n, seed=seed + 1).abs()
+
+    thresholds = Trade(activations, hits).thresholds(price)
+
+    gates = opened(activations, thresholds)
+    cost = (hits * (1 - gates) + price * gates).sum(0)
+    for c in range(n):
+        a, hit = activations[:, c], hits[:, c]
+        limits = [*a.abs().tolist(), 0.0]
+        costs = [
+            float(torch.where((a > up) | (-a > down), price, hit).sum()) for up in limits for down in limits
+        ]
+        assert_close(float(cost[c]), min(costs))
+
+
+def test_an_arm_that_never_pays_stays_shut_beyond_what_was_seen():
+    trade = Trade(torch.tensor([[1.0], [2.0]]), torch.tensor([[0.1], [0.1]]))
+
+    thresholds = trade.thresholds(1.0)
+
+    assert not opened(torch.tensor([[2.0]]), thresholds).any()
+    assert opened(torch.tensor([[2.2]]), thresholds).all()
+
+
+def test_a_gate_opens_on_either_arm():
+    thresholds = torch.tensor([[1.0, 1.0], [2.0, 0.5]])
+
+    gates = opened(torch.tensor([[1.5, -0.7], [-1.5, 0.9]]), thresholds)
+
+    assert gates.tolist() == [[1, 1], [0, 0]]
+
+
+@given(edge=st.floats(1e-3, 1e3))
+def test_the_highest_price_within_the_limit_is_found(edge: float):
+    price = highest_price(lambda p: p, edge, 1e-4, 1e4, 30)
+
+    assert_close(price, edge, rtol=1e-6, atol=0)
+
+
+@torch.no_grad()
+def test_a_price_that_is_always_too_high_ends_at_the_lowest():
+    assert_close(highest_price(lambda p: float(F.relu(torch.tensor(p))) + 1, 0.5, 1e-4, 1e4, 40), 1e-4, rtol=1e-6, atol=0)
