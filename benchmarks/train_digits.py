@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from weightdecomp._digits import WEIGHTS, DigitClassifier, batches, labels
+from weightdecomp.digits import WEIGHTS, DigitClassifier, batches, labels
 from weightdecomp._storage import read_weights
 
 SEED = 0

@@ -12,7 +12,7 @@ import pytest
 import safetensors.torch
 import torch
 
-from weightdecomp import _digits
+from weightdecomp import digits
 from weightdecomp.__main__ import main
 
 ROOT = Path(__file__).parents[1]
@@ -221,6 +221,17 @@ def test_a_mistake_is_named_on_stderr_with_exit_code_two(
     assert not (here / "out").exists()
 
 
+def test_a_folder_that_is_taken_is_refused_before_the_run(
+    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setattr("weightdecomp.__main__.decompose", lambda *args, **options: pytest.fail("it ran"))
+
+    code = main([*RUN, "--out", "."])
+
+    assert code == 2
+    assert "is not empty and holds no decomposition" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("mistake", ["missing module", "pickle as weights", "pattern without a match"])
 def test_a_mistake_shows_no_traceback(mistake: str, folder: Path):
     words, message = MISTAKES[mistake]
@@ -268,10 +279,10 @@ def test_an_interrupted_run_says_how_to_resume(folder: Path):
 def test_the_demo_writes_a_report_and_the_decomposition(
     here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
-    few = {split: [_digits.batches(split)[0][:64]] for split in ("train", "test")}
-    classes = _digits.labels("test")[:64]
-    monkeypatch.setattr("weightdecomp._digits.batches", few.get)
-    monkeypatch.setattr("weightdecomp._digits.labels", lambda split: classes)
+    few = {split: [digits.batches(split)[0][:64]] for split in ("train", "test")}
+    classes = digits.labels("test")[:64]
+    monkeypatch.setattr("weightdecomp.digits.batches", few.get)
+    monkeypatch.setattr("weightdecomp.digits.labels", lambda split: classes)
     monkeypatch.setattr("weightdecomp.__main__._ATTACK", 20)
 
     code = main(["demo", "--steps", "0", "--tolerance", "0.3", "--json", "--no-progress"])

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import weightdecomp as wd
-from weightdecomp import _digits, _figures, _page, _report
+from weightdecomp import _figures, _page, _report, digits
 from weightdecomp._figures import Images
 from weightdecomp._report import Report
 
@@ -15,14 +15,14 @@ from weightdecomp._report import Report
 @pytest.fixture(scope="module")
 def report() -> Report:
     """A quick report on few images, with a title that no page should run."""
-    few = [torch.cat(_digits.batches("train"))[:128]]
+    few = [torch.cat(digits.batches("train"))[:128]]
     config = wd.Config(steps=0, sample=128)
     decomposition = wd.decompose(
-        _digits.model(), few, tolerance=0.2, divergence="kl", config=config, progress=False
+        digits.model(), few, tolerance=0.2, divergence="kl", config=config, progress=False
     )
-    pixels = torch.cat(_digits.batches("test"))[:64]
+    pixels = torch.cat(digits.batches("test"))[:64]
     verification = decomposition.verify([pixels], steps=20, restarts=1)
-    images = Images(pixels, _digits.labels("test")[:64], side=8)
+    images = Images(pixels, digits.labels("test")[:64], side=8)
     return Report('<script>alert("hi")</script> & digits', decomposition, verification, images)
 
 

@@ -6,6 +6,7 @@ from weightdecomp._decompose import NumericalWarning, decompose
 from weightdecomp._decomposition import Component, Decomposition
 from weightdecomp._ledger import Ledger
 from weightdecomp._save import load
+from weightdecomp._verification import Verification
 
 __all__ = [
     "Circuit",
@@ -14,6 +15,7 @@ __all__ = [
     "Decomposition",
     "Ledger",
     "NumericalWarning",
+    "Verification",
     "decompose",
     "load",
 ]

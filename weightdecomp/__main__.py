@@ -41,8 +41,9 @@ def main(words: Sequence[str] | None = None) -> int:
         print(f"weightdecomp: {error}", file=sys.stderr)
         return _MISTAKE
     except KeyboardInterrupt as error:
-        hint = str(error) or "interrupted; with --checkpoint DIR a run can be resumed"
-        print(f"\nweightdecomp: {hint}", file=sys.stderr)
+        # `decompose` says itself how to resume where there is a checkpoint.
+        hint = "; with --checkpoint DIR a run can be resumed" if hasattr(given, "checkpoint") else ""
+        print(f"\nweightdecomp: {str(error) or f'interrupted{hint}'}", file=sys.stderr)
         return _INTERRUPTED
 
 
@@ -141,7 +142,7 @@ def _verify(given: argparse.Namespace) -> int:
 
 def _demo(given: argparse.Namespace) -> int:
     """Decompose the classifier on its training images, and attack the result on its test images."""
-    from weightdecomp import _digits, _figures, _page, _report
+    from weightdecomp import _figures, _page, _report, digits
 
     _figures.check_plotting()
     # Matrices this small gain nothing from a second thread, and wait for it where other work competes.
@@ -149,8 +150,8 @@ def _demo(given: argparse.Namespace) -> int:
     saved = given.out / "decomposition"
     check_vacant(saved if saved.exists() else given.out, "decomposition")
     decomposition = decompose(
-        _digits.model(),
-        _digits.batches("train"),
+        digits.model(),
+        digits.batches("train"),
         tolerance=given.tolerance,
         divergence="kl",  # the outputs are logits of the ten digits, which a plain tensor cannot tell
         seed=given.seed,
@@ -158,9 +159,9 @@ def _demo(given: argparse.Namespace) -> int:
         progress=not given.no_progress,
     )
     decomposition.save(saved)
-    test = _digits.batches("test")
+    test = digits.batches("test")
     verification = _verified(given, decomposition, test, _ATTACK)
-    images = _figures.Images(torch.cat(test), _digits.labels("test"), side=8)
+    images = _figures.Images(torch.cat(test), digits.labels("test"), side=8)
     report = _report.Report(
         "A classifier of handwritten digits, decomposed", decomposition, verification, images
     )

@@ -47,7 +47,8 @@ def refined(
     """Open the gates, then refine in rounds until they no longer pay; the cheapest round is the result."""
     known = saved.document
     kept = ablation._replace(pieces=_loaded(saved, "best|", ablation)) if known.get("kept_steps") else ablation
-    best = Refined(kept, Gatekeeper(kept, sample, tolerance, seed).gates(), known.get("kept_steps", 0))
+    near = known.get("near")  # where the best round's price was sought, so that a resumed run finds the same
+    best = Refined(kept, Gatekeeper(kept, sample, tolerance, seed).gates(near), known.get("kept_steps", 0))
     rng = torch.Generator(device=tensors(sample.batch)[0].device).manual_seed(seed + 1)
     refiner = Refiner(ablation, frames, sample.nothing, config, rng)
     thresholds, price = best.gated.thresholds, best.gated.price
@@ -68,14 +69,15 @@ def refined(
             gated = Gatekeeper(trial, sample, tolerance, seed).gates(near=best.gated.price)
             thresholds, price, failed = gated.thresholds, gated.price, failed + 1
             if _cheaper(gated, best.gated, tolerance):
-                best, failed = Refined(trial, gated, step + 1), 0
+                near, best, failed = best.gated.price, Refined(trial, gated, step + 1), 0
                 changed = _tensors("best|", trial.pieces)
             if failed == _PATIENCE:
                 break
         # One write for all that a step changed: a run resumed between two would mix two steps.
         changed |= {f"gates|{path}": x for path, x in thresholds.items()}
         changed |= {f"refiner|{name}": x for name, x in refiner.state().items()}
-        saved.keep(changed, {"step": step + 1, "kept_steps": best.steps, "failed": failed, "price": price})
+        state = {"step": step + 1, "kept_steps": best.steps, "failed": failed, "price": price, "near": near}
+        saved.keep(changed, state)
     saved.keep({}, {"finished": True}, now=True)
     return best
 

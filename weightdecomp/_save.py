@@ -1,6 +1,6 @@
 """Saving and loading: a folder with safetensors and JSON, bound to its target by the weights' fingerprint."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -69,9 +69,25 @@ def load(
     Raises:
         ValueError: For another model, a newer format, unknown settings, or a damaged file; nothing is unpickled.
     """
+    tensors, document = _storage.read(Path(directory), _KIND)
+    try:
+        return _assembled(directory, model, tensors, document, divergence)
+    except (KeyError, TypeError) as error:
+        raise ValueError(
+            f"'{directory}' is not what this version of weightdecomp writes ({error!r}): "
+            "load it with the version that wrote it, or decompose anew"
+        ) from error
+
+
+def _assembled(
+    directory: str | Path,
+    model: nn.Module,
+    tensors: Mapping[str, Tensor],
+    document: Mapping[str, Any],
+    divergence: Callable[[Any, Any], Tensor] | None,
+) -> "Decomposition":
     from weightdecomp._decomposition import Decomposition, Outcome, Parts
 
-    tensors, document = _storage.read(Path(directory), _KIND)
     sites = tuple(_bound(model, entry, directory) for entry in document["sites"])
     if _storage.digest(model.state_dict()) != document["target"]:
         raise ValueError(
