@@ -26,6 +26,7 @@ from weightdecomp._verification import Verification
 # What a user's own mistakes raise; anything else is a defect of ours and keeps its traceback.
 _MISTAKES = (ValueError, TypeError, OSError, ImportError)
 _UNMET, _MISTAKE, _INTERRUPTED = 1, 2, 130
+_TOLERANCE = inspect.signature(decompose).parameters["tolerance"].default
 _ATTACK = 1280  # steps of the longest attack, unless given
 
 
@@ -90,10 +91,9 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_run(parser: argparse.ArgumentParser) -> None:
-    tolerance = inspect.signature(decompose).parameters["tolerance"].default
     parser.add_argument("--steps", type=int, metavar="N", help=f"of refinement ({Config().steps})")
     _add_seed(parser)
-    parser.add_argument("--tolerance", type=float, default=tolerance, metavar="X", help=_TOLERANCE)
+    parser.add_argument("--tolerance", type=float, default=_TOLERANCE, metavar="X", help=_LARGEST)
 
 
 def _add_seed(parser: argparse.ArgumentParser) -> None:
@@ -234,7 +234,7 @@ _ABOUT = "Decompose a trained PyTorch checkpoint's weights into circuits, and at
 _MODEL = "function or class that makes the model, called without arguments, as in package.module:factory"
 _DATA = "function that returns batches of sample inputs, called without arguments"
 _DIVERGENCE = "auto, mse, kl, or a function of yours as package.module:name (auto)"
-_TOLERANCE = "largest damage under attack, as a share of ablating everything (%(default)s)"
+_LARGEST = "largest damage under attack, as a share of ablating everything (%(default)s)"
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -197,7 +197,7 @@ def _outcome(
     converged = gated.damage <= tolerance
     relation = "within" if converged else "above"
     reason = (
-        f"{gated.damage:.4f} after {REVIEW[0]} steps x {REVIEW[1]} restarts on the run's inputs, "
+        f"{gated.damage:.4f} after {REVIEW[0]} steps x {REVIEW[1]} restarts on held-out inputs, "
         f"{relation} the tolerance {tolerance:g}"
     )
     return Outcome(

@@ -280,6 +280,7 @@ class Decomposition:
     def _members_mask(self, members: set[Member]) -> dict[str, Tensor]:
         masks = {path: torch.zeros(parts.pieces.n) for path, parts in self.parts.items()}
         for path, index in members:
+            self.component(path, index)
             masks[path][index] = 1
         return masks
 
@@ -315,15 +316,15 @@ class Decomposition:
         place, own = self.site(site), self.parts[site].pieces
         found, offset = [], 0
         for batch in self.read(batches):
-            calls, n = [], size(batch)
+            calls, inputs = [], size(batch)
             for operands in recorded(self.target, batch, [place]).operands[site]:
                 a = own.activations(place.read(operands, own.v))[..., index]
                 # Rows that no single input owns (positions, say) drive the component alike on all inputs.
-                calls.append(a.reshape(n, -1) if len(a) == n else a.reshape(1, -1).expand(n, -1))
+                calls.append(a.reshape(inputs, -1) if len(a) == inputs else a.reshape(1, -1).expand(inputs, -1))
             everywhere = torch.cat(calls, 1)
             peaks = everywhere.gather(1, everywhere.abs().argmax(1, keepdim=True))[:, 0]
             found += [(offset + i, float(x)) for i, x in enumerate(peaks)]
-            offset += n
+            offset += inputs
         return sorted(found, key=lambda pair: -abs(pair[1]))[:n]
 
     @cached_property

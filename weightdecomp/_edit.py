@@ -1,6 +1,7 @@
 """Edits: copies of the target with components removed, scaled or rewritten in the weights themselves."""
 
 import copy
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -36,6 +37,8 @@ def edited(
     for factor, selection in [(0.0, one) for one in remove] + [(factor, one) for one, factor in scale.items()]:
         for path, index in _members(selection):
             decomposition.component(path, index)
+            if not math.isfinite(factor):
+                raise ValueError(f"the factor for {(path, index)} is {factor}, expected a finite number")
             add((path, index), (factor - 1) * decomposition.parts[path].pieces.weight(index))
     for member, vector in write.items():
         add(member, _rewritten(decomposition, member, vector))
@@ -59,6 +62,8 @@ def _rewritten(decomposition: "Decomposition", member: Member, vector: Tensor) -
     if vector.shape != component.left[0].shape:
         expected = tuple(component.left[0].shape)
         raise ValueError(f"the vector for {member} has shape {tuple(vector.shape)}, expected {expected}")
+    if not torch.isfinite(vector).all():
+        raise ValueError(f"the vector for {member} contains NaN or infinity")
     return torch.outer(vector - component.left[0], component.right[0])
 
 

@@ -79,12 +79,12 @@ def ladder(decomposition: Decomposition, verification: Verification) -> Any:
     own, damage = verification.shared, decomposition.outcome.damage
     _draw_ladder(axes, own, "this decomposition", "o-", _BLUE)
     _draw_ladder(axes, verification.per_input, "the same, attacked\nimage by image", "o--", "white")
-    label = f"on the images of the run ({damage:.2g})"
+    label = f"on the images of the run ({damage:.3g})"
     axes.plot([REVIEW[0]], [damage], "x", color=_BLUE, ms=8, mew=2, ls="none", label=label)
     nulls = [(one.name, one.adversarial) for one in verification.nulls if one.adversarial]
     nulls.sort(key=lambda pair: -pair[1].damage)
     for marker, (name, found) in zip(_MARKERS, nulls, strict=False):
-        label = f"null: {name} ({found.damage:.2g})"
+        label = f"null: {name} ({found.damage:.3g})"
         axes.plot([_steps(found)], [found.damage], marker, color=_ORANGE, ms=8, ls="none", label=label)
     axes.axhline(1, color=_GREY, lw=1, label="everything ablated (1)")
     limit = verification.tolerance
@@ -99,7 +99,7 @@ def ladder(decomposition: Decomposition, verification: Verification) -> Any:
 
 
 def _draw_ladder(axes: Any, found: Ladder, name: str, line: str, face: str) -> None:
-    label = f"{name} ({found.plateau:.2g})"
+    label = f"{name} ({found.plateau:.3g})"
     axes.plot(found.steps, found.damages, line, color=_BLUE, mfc=face, label=label)
 
 

@@ -32,7 +32,7 @@ def problems(report: Report) -> list[str]:
     if not outcome.converged:
         found.append(f"The run did not converge: {outcome.reason}.")
     if not verification.converged:
-        own = f" On the run's own images it was {outcome.damage:.4f}, within it." if outcome.converged else ""
+        own = f" On the run's own images: {outcome.reason}." if outcome.converged else ""
         found.append(
             f"Outside the tolerance on images that the run has not seen: {verification.reason}.{own}"
         )
@@ -62,9 +62,9 @@ def findings(report: Report) -> list[str]:
     nulls = [(one.name, one.adversarial) for one in verification.nulls if one.adversarial]
     ours = verification.ours.adversarial
     if nulls and ours:
-        named = ", ".join(f"{found.damage:.2g} with {name}" for name, found in nulls)
+        named = ", ".join(f"{found.damage:.3f} with {name}" for name, found in nulls)
         said.append(
-            f"At the same number active and the same attack ({ours.budget}), damage is {ours.damage:.2g} "
+            f"At the same number active and the same attack ({ours.budget}), damage is {ours.damage:.3f} "
             f"here, and {named}."
         )
     if decomposition.outcome.compresses:

@@ -16,6 +16,7 @@ from weightdecomp._pieces import Pieces
 from weightdecomp._sites import Site
 
 _MOST_ROWS = 16_384  # rows that a site's reach and exemplars are taken from
+_MOST_HELD = 2048  # inputs held out
 _MOST_NUMBERS = 1 << 26  # and at most so many numbers, for wide sites
 
 
@@ -25,6 +26,7 @@ class Sample(NamedTuple):
     Attributes:
         batches: All inputs, in as few batches as their shapes allow.
         batch: The inputs that thresholds are computed on.
+        held: Inputs that nothing is computed from; the tolerance must be met on them.
         record: The target's output on `batch` and what its sites were called with.
         sensitivity: Per site and call, gradients of random output projections at the site's output.
         nothing: Divergence with everything ablated: what a damage of 1 is.
@@ -32,6 +34,7 @@ class Sample(NamedTuple):
 
     batches: list[Batch]
     batch: Batch
+    held: Batch
     record: Record
     sensitivity: dict[str, list[Float[Tensor, "probe *batch d_out"]]]
     nothing: float
@@ -70,11 +73,12 @@ def taken(
     Raises:
         ValueError: If ablating everything changes nothing, so that no damage can be measured.
     """
-    whole = joined(batches)
+    whole, held = _held_out(joined(batches))
     largest = max(whole, key=size)
     per_input = _rows_per_input(model, largest, sites)
     wanted = min(size(largest), max(1, rows // per_input))
     batch = select(largest, torch.arange(wanted, device=tensors(largest)[0].device))
+    held = select(held, torch.arange(min(size(held), wanted), device=tensors(held)[0].device))
     record = recorded(model, batch, sites)
     nothing = float(ablated_entirely(model, batch, sites, divergence, record.output).mean())
     paths = [site.path for site in sites]
@@ -96,7 +100,19 @@ def taken(
             f"ablating {paths} changes the output, but the output has no gradient at them; call decompose outside of "
             "torch.inference_mode(), and take torch.no_grad() and rounding (argmax) out of the model's forward"
         )
-    return Sample(whole, batch, record, sensitivity, nothing)
+    return Sample(whole, batch, held, record, sensitivity, nothing)
+
+
+def _held_out(batches: list[Batch]) -> tuple[list[Batch], Batch]:
+    """The largest batch without its last quarter (2,048 inputs at most), and these; a few inputs are never split."""
+    index = max(range(len(batches)), key=lambda i: size(batches[i]))
+    n = size(batches[index])
+    order = torch.arange(n, device=tensors(batches[index])[0].device)
+    last = min(n // 4, _MOST_HELD)
+    if not last:
+        return batches, batches[index]
+    kept = [*batches[:index], select(batches[index], order[: n - last]), *batches[index + 1 :]]
+    return kept, select(batches[index], order[n - last :])
 
 
 def _rows_per_input(model: nn.Module, batch: Batch, sites: Sequence[Site]) -> int:
