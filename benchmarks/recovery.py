@@ -385,9 +385,7 @@ def summarise(results: Path, rejected: Mapping[str, int]) -> dict[str, Any]:
     before = results / "recovery.json"
     known = json.loads(before.read_text())["rejected"] if before.exists() else {}
     records = [json.loads(path.read_text()) for path in sorted((results / "recovery").glob("*.json"))]
-    by_task = {
-        task: [one for one in records if one["task"] == task and one["kind"] == "trained"] for task in TASKS
-    }
+    by_task = {task: [one for one in records if one["task"] == task and one["kind"] == "trained"] for task in TASKS}
     summary = {
         "bar": f"no pattern error and damage at {JUDGED} steps <= max({TOLERANCE}, {SLACK} x oracle)",
         "rejected": {**known, **rejected},
@@ -443,8 +441,7 @@ def markdown(summary: Mapping[str, Any]) -> str:
     )
     rows = [_row(task, one) for task, one in summary["tasks"].items()]
     compared = [
-        [task, "yes" if one["compresses"] else "no", one["verdict"]]
-        for task, one in summary["untrained"].items()
+        [task, "yes" if one["compresses"] else "no", one["verdict"]] for task, one in summary["untrained"].items()
     ]
     where = summary["provenance"]
     passed = sum(one["passed"] for one in summary["tasks"].values())

@@ -170,17 +170,13 @@ def mean_max_cosine(found: Factors, truth: Factors) -> tuple[float, float]:
         Bushnaq et al. 2025 (SPD), table 1; other sides than the columns of a matrix are ours.
     """
     if len(truth.owner) != truth.n:
-        raise ValueError(
-            f"truth has {len(truth.owner)} rows for {truth.n} components, expected rank one each"
-        )
+        raise ValueError(f"truth has {len(truth.owner)} rows for {truth.n} components, expected rank one each")
     order = truth.owner.argsort()
     truth = Factors(truth.u[order], truth.v[order], truth.owner[order])
     if torch.linalg.matrix_rank(truth.v.double()) < truth.n:
         found, truth = found.transposed, truth.transposed
         if torch.linalg.matrix_rank(truth.v.double()) < truth.n:
-            raise ValueError(
-                "the true pieces' directions are linearly dependent on both sides; use `matching`"
-            )
+            raise ValueError("the true pieces' directions are linearly dependent on both sides; use `matching`")
     directions = torch.linalg.pinv(truth.v.double()).T
     cosines, ratios = [], []
     for answer, direction in zip(truth.u.double(), directions, strict=True):
@@ -209,9 +205,7 @@ def random_null(matrix: Float[Tensor, "d_out d_in"], n: int, seed: int) -> Facto
     if matrix.shape[1] < matrix.shape[0]:
         return random_null(matrix.T, n, seed).transposed
     if n < matrix.shape[0]:
-        raise ValueError(
-            f"n is {n}, expected at least {matrix.shape[0]} so that the components can sum to the matrix"
-        )
+        raise ValueError(f"n is {n}, expected at least {matrix.shape[0]} so that the components can sum to the matrix")
     rng = torch.Generator().manual_seed(seed)
     u = torch.randn(n, matrix.shape[0], generator=rng, dtype=torch.float64).to(matrix.device)
     v = torch.linalg.pinv(u.T) @ matrix.double()

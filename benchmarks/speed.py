@@ -213,8 +213,7 @@ def markdown(result: Mapping[str, Any]) -> str:
     rows = []
     for name, one in result["cases"].items():
         times = [
-            Spread(*(1e3 * x for x in one[key].values())).text(".2f")
-            for key in ("target_seconds", "step_seconds")
+            Spread(*(1e3 * x for x in one[key].values())).text(".2f") for key in ("target_seconds", "step_seconds")
         ]
         widths = sorted(set(one["pieces_per_site"].values()))
         rows.append(

@@ -439,9 +439,7 @@ def stream_mechanism(model: ResidualMlp, index: int) -> PerFeature:
     return PerFeature(u, v.T.to(matrix.dtype).contiguous(), torch.arange(len(stream)))
 
 
-def residual_check(
-    model: ResidualMlp, loss: float, training: ResidualTraining
-) -> tuple[str, dict[str, float]]:
+def residual_check(model: ResidualMlp, loss: float, training: ResidualTraining) -> tuple[str, dict[str, float]]:
     """Say why the model does not compute every feature (empty if it does), with figures.
 
     A model that serves as many features as it has neurons and leaves the others out reaches the *naive* loss;

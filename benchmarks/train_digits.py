@@ -11,8 +11,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from weightdecomp.digits import WEIGHTS, DigitClassifier, batches, labels
 from weightdecomp._storage import read_weights
+from weightdecomp.digits import WEIGHTS, DigitClassifier, batches, labels
 
 SEED = 0
 _EPOCHS = 80
@@ -44,9 +44,7 @@ def trained(seed: int = SEED) -> DigitClassifier:
     return classifier.float().eval()
 
 
-def accuracy(
-    classifier: nn.Module, inputs: list[Float[Tensor, "_ 64"]], digits: Int[Tensor, " image"]
-) -> float:
+def accuracy(classifier: nn.Module, inputs: list[Float[Tensor, "_ 64"]], digits: Int[Tensor, " image"]) -> float:
     """The share of images whose largest logit is that of their digit."""
     with torch.no_grad():
         answers = torch.cat([classifier(pixels) for pixels in inputs]).argmax(-1)
@@ -71,12 +69,8 @@ def _largest_difference(weights: dict[str, Tensor], others: dict[str, Tensor]) -
 
 def main() -> int:
     """Train, then write the checkpoint or compare with it."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--check", action="store_true", help="compare with the shipped weights, write nothing"
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="compare with the shipped weights, write nothing")
     arguments = parser.parse_args()
 
     classifier = trained()

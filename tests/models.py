@@ -105,9 +105,7 @@ CASES: dict[str, Callable[[], Case]] = {
     "transformers Conv1D": lambda: Case(
         nn.Sequential(_transposed(6, 5), nn.GELU(), _transposed(3, 6)), drawn(24, 5), _once("0", "2")
     ),
-    "conv1d": lambda: Case(
-        _conv(nn.Conv1d(2, 3, 3, dilation=2, padding=1), 12), drawn(16, 2, 6), _once("0", "3")
-    ),
+    "conv1d": lambda: Case(_conv(nn.Conv1d(2, 3, 3, dilation=2, padding=1), 12), drawn(16, 2, 6), _once("0", "3")),
     "conv2d": lambda: Case(
         _conv(nn.Conv2d(2, 3, 3, stride=2, padding=(1, 2), padding_mode="reflect"), 36),
         drawn(16, 2, 6, 5),

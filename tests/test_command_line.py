@@ -129,9 +129,7 @@ def test_the_document_holds_every_figure_of_the_run(here: Path, capsys: pytest.C
     assert {"converged", "reason", "damage", "verdict", "ledger", "circuits", "skipped"} <= document.keys()
 
 
-def test_verify_says_in_json_what_it_says_in_its_exit_code(
-    saved: Path, here: Path, capsys: pytest.CaptureFixture[str]
-):
+def test_verify_says_in_json_what_it_says_in_its_exit_code(saved: Path, here: Path, capsys: pytest.CaptureFixture[str]):
     code = main(["verify", "out", *MODEL, "--steps", "20", "--json", "--no-progress"])
 
     assert json.loads(capsys.readouterr().out)["converged"] == (code == 0)
@@ -204,9 +202,7 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_a_mistake_is_named_on_stderr_with_exit_code_two(
-    mistake: str, here: Path, capsys: pytest.CaptureFixture[str]
-):
+def test_a_mistake_is_named_on_stderr_with_exit_code_two(mistake: str, here: Path, capsys: pytest.CaptureFixture[str]):
     words, message = MISTAKES[mistake]
 
     try:

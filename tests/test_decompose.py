@@ -156,7 +156,11 @@ def test_a_mask_per_input_is_used_for_that_input(decomposed: wd.Decomposition):
     [
         ("0", lambda n: torch.ones(n + 1), r"mask of '0' has shape \(\d+,\), expected \(..., \d+\)"),
         ("0", lambda n: torch.tensor(1.0), r"mask of '0' has shape \(\), expected"),
-        ("2", lambda n: torch.ones(4, n), r"mask of '2' has shape \(4, \d+\), expected \(8, \d+\) or one that broadcasts"),
+        (
+            "2",
+            lambda n: torch.ones(4, n),
+            r"mask of '2' has shape \(4, \d+\), expected \(8, \d+\) or one that broadcasts",
+        ),
         ("2", lambda n: torch.ones(1, 8, n), r"mask of '2' has shape \(1, 8, \d+\), expected \(8, "),
         ("0", lambda n: torch.full((n,), 1.5), r"mask of '0' has entries outside \[0, 1\]"),
         ("0", lambda n: torch.full((n,), -0.1), r"mask of '0' has entries outside \[0, 1\]"),
@@ -164,9 +168,7 @@ def test_a_mask_per_input_is_used_for_that_input(decomposed: wd.Decomposition):
         ("1", lambda n: torch.ones(n), r"no site at '1'; the sites are \['0', '2'\]"),
     ],
 )
-def test_a_mask_that_does_not_fit_is_refused_with_its_site(
-    decomposed: wd.Decomposition, path: str, mask, message: str
-):
+def test_a_mask_that_does_not_fit_is_refused_with_its_site(decomposed: wd.Decomposition, path: str, mask, message: str):
     n = decomposed.parts[path if path in decomposed.parts else "0"].pieces.n
 
     with pytest.raises(ValueError, match=message):

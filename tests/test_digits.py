@@ -71,7 +71,7 @@ def test_splits_share_no_image_and_hold_all_of_them():
 
 
 @pytest.mark.parametrize("split", ["train", "test"])
-def test_every_image_has_a_label(split: _digits.Split):
+def test_every_image_has_a_label(split: digits.Split):
     images = torch.cat(digits.batches(split))
 
     assert len(digits.labels(split)) == len(images)
@@ -90,7 +90,7 @@ def test_changing_a_batch_changes_no_later_one():
 
 
 def test_missing_scikit_learn_names_the_extra_to_install(monkeypatch: pytest.MonkeyPatch):
-    _digits._digits.cache_clear()
+    digits._digits.cache_clear()
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
 
     with pytest.raises(ModuleNotFoundError, match=r"pip install 'weightdecomp\[demo\]'"):

@@ -127,7 +127,9 @@ def test_the_output_tensor_is_found_in_what_models_return(output: object):
 
 @pytest.mark.parametrize("output", [None, 1.0, (), ("a",), {"other": torch.ones(2, 3)}])
 def test_an_output_without_a_tensor_says_what_to_do(output: object):
-    with pytest.raises(TypeError, match=r"the model returned \w+, from which no output tensor can be taken; wrap the model"):
+    with pytest.raises(
+        TypeError, match=r"the model returned \w+, from which no output tensor can be taken; wrap the model"
+    ):
         output_tensor(output)
 
 

@@ -102,7 +102,9 @@ def test_editing_one_of_two_tied_weights_unties_them(quick: None):
     assert target.head.weight is target.embed.weight
 
 
-@pytest.mark.parametrize("name", ["transformers Conv1D", "conv2d", "embedding", "bilinear", "weight norm", "one module twice"])
+@pytest.mark.parametrize(
+    "name", ["transformers Conv1D", "conv2d", "embedding", "bilinear", "weight norm", "one module twice"]
+)
 @torch.no_grad()
 def test_every_kind_of_site_is_edited(name: str, quick: None):
     """Removing a component from the weight is masking it, whatever the module; nothing else is masked before it."""
@@ -144,7 +146,9 @@ def test_an_edit_of_nothing_is_a_copy(decomposed: wd.Decomposition):
     ],
 )
 def test_a_component_edited_twice_is_refused(decomposed: wd.Decomposition, changes: dict):
-    with pytest.raises(ValueError, match=r"component \('0', 1\) is edited twice; name it in one of remove, scale and write"):
+    with pytest.raises(
+        ValueError, match=r"component \('0', 1\) is edited twice; name it in one of remove, scale and write"
+    ):
         decomposed.edit(**changes)
 
 

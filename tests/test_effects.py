@@ -136,9 +136,7 @@ def test_thresholds_are_the_best_of_all(rows: int, n: int, price: float, seed: i
     for c in range(n):
         a, hit = activations[:, c], hits[:, c]
         limits = [*a.abs().tolist(), 0.0]
-        costs = [
-            float(torch.where((a > up) | (-a > down), price, hit).sum()) for up in limits for down in limits
-        ]
+        costs = [float(torch.where((a > up) | (-a > down), price, hit).sum()) for up in limits for down in limits]
         assert_close(float(cost[c]), min(costs))
 
 
@@ -168,4 +166,6 @@ def test_the_highest_price_within_the_limit_is_found(edge: float):
 
 @torch.no_grad()
 def test_a_price_that_is_always_too_high_ends_at_the_lowest():
-    assert_close(highest_price(lambda p: float(F.relu(torch.tensor(p))) + 1, 0.5, 1e-4, 1e4, 40), 1e-4, rtol=1e-6, atol=0)
+    assert_close(
+        highest_price(lambda p: float(F.relu(torch.tensor(p))) + 1, 0.5, 1e-4, 1e4, 40), 1e-4, rtol=1e-6, atol=0
+    )

@@ -21,7 +21,10 @@ def random_pieces(n: int, d_in: int, d_out: int, seed: int) -> Pieces:
 @torch.no_grad()
 def test_a_masked_layer_is_the_layer_with_its_masked_components(d_in: int, d_out: int, n: int, seed: int):
     layer = seeded(nn.Linear(d_in, d_out), seed).double()
-    x, mask = drawn(7, d_in, seed=seed), torch.rand(7, n, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    x, mask = (
+        drawn(7, d_in, seed=seed),
+        torch.rand(7, n, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)),
+    )
     sites, _ = find_sites(layer, x)
     pieces = random_pieces(n, d_in, d_out, seed)
 
@@ -53,7 +56,9 @@ def test_every_call_of_a_shared_module_has_its_own_mask():
     pieces = {site.path: rank_one_pieces(site.matrix(), torch.eye(site.shape[0]).double()) for site in sites}
     first, second = torch.tensor([[1.0, 0, 1, 0], [0, 1, 1, 1]]).double()
 
-    output = masked(target.model, target.batch, sites, pieces, {"mix": [first, second], "read": [torch.ones(2).double()]})
+    output = masked(
+        target.model, target.batch, sites, pieces, {"mix": [first, second], "read": [torch.ones(2).double()]}
+    )
 
     hidden = F.relu(target.batch @ (first[:, None] * mix.weight).T + mix.bias)
     assert_close(output, read(hidden @ (second[:, None] * mix.weight).T + mix.bias))

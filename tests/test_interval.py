@@ -51,9 +51,7 @@ def inside(value: Tensor, box: Interval) -> bool:
 
 def vertices(lo: Tensor, hi: Tensor) -> Tensor:
     """All corners of a small box given by two vectors, one a row."""
-    return torch.stack(
-        [torch.where(torch.tensor(up), hi, lo) for up in product([False, True], repeat=len(lo))]
-    )
+    return torch.stack([torch.where(torch.tensor(up), hi, lo) for up in product([False, True], repeat=len(lo))])
 
 
 # --- single functions ---
@@ -137,9 +135,7 @@ FUNCTIONS: dict[str, Callable] = {
     "index": lambda x: x[..., 1:, None],
     "gather by index": lambda x: x[:, torch.tensor([2, 0])],
     "where": lambda x: torch.where(WEIGHT[:4] > 0, x, 0.0),
-    "transposes": lambda x: (
-        x.T.unsqueeze(0).transpose(1, 2).permute(2, 0, 1).flatten(1).reshape(-1).view(6, 4)
-    ),
+    "transposes": lambda x: x.T.unsqueeze(0).transpose(1, 2).permute(2, 0, 1).flatten(1).reshape(-1).view(6, 4),
     "dropout in eval": lambda x: F.dropout(x, training=False),
     "cast": lambda x: x.to(torch.float64).contiguous().detach(),
     "conv2d": lambda x: F.conv2d(x.repeat(3, 1)[None].reshape(1, 3, 4, 6), KERNEL, WEIGHT[0, :4], padding=1),
@@ -240,9 +236,7 @@ def test_a_matrix_product_holds_the_exact_product(n: int, seed: int):
 
     image = Interval.of(row) @ column
 
-    exact = sum(
-        Fraction(a) * Fraction(b) for a, b in zip(row[0].tolist(), column[:, 0].tolist(), strict=True)
-    )
+    exact = sum(Fraction(a) * Fraction(b) for a, b in zip(row[0].tolist(), column[:, 0].tolist(), strict=True))
     assert Fraction(float(image.lo)) <= exact <= Fraction(float(image.hi))
 
 
@@ -339,9 +333,7 @@ def random_site(rng: torch.Generator, d_in: int, d_out: int, n: int, rank: int =
     return Pieces(normal(rng, n * rank, d_in), normal(rng, n * rank, d_out), owner)
 
 
-def site_output(
-    x: Tensor, site: Pieces, mask: Tensor, rest: Tensor | None = None, rest_mask: float = 0
-) -> Tensor:
+def site_output(x: Tensor, site: Pieces, mask: Tensor, rest: Tensor | None = None, rest_mask: float = 0) -> Tensor:
     weights = torch.stack([site.weight(c) for c in range(site.n)])
     rows = torch.einsum("...c,coi,...i->...o", mask, weights, x)
     return rows if rest is None else rows + rest_mask * (x @ rest.T)
@@ -380,9 +372,7 @@ def test_no_vertex_of_inputs_and_masks_leaves_the_box(d_in: int, d_out: int, n: 
 
     for mask in vertices(importance, torch.ones(n)):
         corners = vertices(x.lo, x.hi)
-        assert all(
-            inside(site_output(corners, site, mask.expand(len(corners), -1), rest, m), box) for m in (0, 1)
-        )
+        assert all(inside(site_output(corners, site, mask.expand(len(corners), -1), rest, m), box) for m in (0, 1))
 
 
 @given(d_in=sizes, d_out=sizes, n=sizes, seed=seeds)
@@ -392,19 +382,14 @@ def test_where_no_inner_activation_changes_sign_each_end_is_reached(d_in: int, d
     site, importance = random_site(rng, d_in, d_out, n), uniform(rng, n)
     center = normal(rng, d_in)
     inner = site.v @ center
-    reach = 0.9 * float(
-        (inner.abs() / site.v.abs().sum(1)).min()
-    )  # of the largest cube without a change of sign
+    reach = 0.9 * float((inner.abs() / site.v.abs().sum(1)).min())  # of the largest cube without a change of sign
     x = Interval(center - reach, center + reach)
 
     box = masked_site_output(x, site, importance)
 
     corners = vertices(x.lo, x.hi)
     reached = torch.cat(
-        [
-            site_output(corners, site, mask.expand(len(corners), -1))
-            for mask in vertices(importance, torch.ones(n))
-        ]
+        [site_output(corners, site, mask.expand(len(corners), -1)) for mask in vertices(importance, torch.ones(n))]
     )
     assert_close(box.hi, reached.amax(0), rtol=1e-7, atol=1e-7)
     assert_close(box.lo, reached.amin(0), rtol=1e-7, atol=1e-7)
@@ -426,9 +411,7 @@ def test_the_box_is_within_the_sum_of_components_and_within_the_whole_minus_what
 
     inner = F.linear(x, site.v)
     apart = F.linear(inner * Interval(importance, torch.ones(3, n)), site.u.T)
-    whole = F.linear(x, site.total()) - F.linear(
-        inner * Interval(torch.zeros(3, n), 1 - importance), site.u.T
-    )
+    whole = F.linear(x, site.total()) - F.linear(inner * Interval(torch.zeros(3, n), 1 - importance), site.u.T)
     for wider in (apart, whole):
         assert bool((box.lo >= wider.lo - 1e-7).all() and (box.hi <= wider.hi + 1e-7).all())
 
@@ -571,9 +554,7 @@ class Attention(nn.Module):
 
 
 MODELS: dict[str, Callable[[], nn.Module]] = {
-    "relu": lambda: nn.Sequential(
-        nn.Linear(6, 8), nn.ReLU(inplace=True), nn.Linear(8, 5), nn.ReLU(), nn.Linear(5, 4)
-    ),
+    "relu": lambda: nn.Sequential(nn.Linear(6, 8), nn.ReLU(inplace=True), nn.Linear(8, 5), nn.ReLU(), nn.Linear(5, 4)),
     "gelu": lambda: nn.Sequential(nn.Linear(6, 8), nn.GELU(), nn.Dropout(), nn.Linear(8, 4)),
     "residual": lambda: nn.Sequential(Residual(), Residual(), nn.LayerNorm(6), nn.Linear(6, 4)),
     "convolution": lambda: nn.Sequential(
@@ -635,9 +616,7 @@ class Case:
         return self.run(forward)
 
     def box(self, importance: dict) -> Interval:
-        return self.run(
-            lambda site, x: masked_site_output(x, self.pieces[site], importance[site], bias=site.bias)
-        )
+        return self.run(lambda site, x: masked_site_output(x, self.pieces[site], importance[site], bias=site.bias))
 
 
 @pytest.mark.parametrize("name", MODELS)

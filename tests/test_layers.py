@@ -59,9 +59,7 @@ def violations(package: str, source: str) -> list[str]:
     return wrong
 
 
-@pytest.mark.parametrize(
-    "path", sorted(ROOT.glob("[!.]*/**/*.py")), ids=lambda path: str(path.relative_to(ROOT))
-)
+@pytest.mark.parametrize("path", sorted(ROOT.glob("[!.]*/**/*.py")), ids=lambda path: str(path.relative_to(ROOT)))
 def test_imports_point_one_way(path: Path):
     package = path.relative_to(ROOT).parts[0]
 

@@ -44,7 +44,9 @@ def test_one_component_that_is_always_on_is_not_free():
     assert sparse.per_input < dense.per_input
 
 
-@pytest.mark.parametrize("frequency, bits", [(0.0, 0.0), (1.0, 0.0), (0.5, 1.0), (0.25, 0.25 * 2 + 0.75 * math.log2(4 / 3))])
+@pytest.mark.parametrize(
+    "frequency, bits", [(0.0, 0.0), (1.0, 0.0), (0.5, 1.0), (0.25, 0.25 * 2 + 0.75 * math.log2(4 / 3))]
+)
 def test_the_entropy_of_a_gate_is_in_bits(frequency: float, bits: float):
     assert_close(float(entropy(torch.tensor(frequency).double())), bits)
 
@@ -92,7 +94,9 @@ def test_behaviour_does_not_depend_on_units_or_axes(d: int, scale: float, seed: 
     assert_close(bits, behaviour_bits(change, 0.05))
 
 
-@pytest.mark.parametrize("n_inputs, tolerance, message", [(0, 0.1, "n_inputs must be at least 1, got 0"), (5, 1.0, "got 1.0")])
+@pytest.mark.parametrize(
+    "n_inputs, tolerance, message", [(0, 0.1, "n_inputs must be at least 1, got 0"), (5, 1.0, "got 1.0")]
+)
 def test_a_ledger_of_nothing_is_refused(n_inputs: int, tolerance: float, message: str):
     with pytest.raises(ValueError, match=message):
         price(n_inputs, tolerance, [], [], [])

@@ -99,9 +99,7 @@ def test_nulls_do_worse_than_a_known_mechanism_under_the_same_attack():
     model = nn.Sequential(nn.Linear(6, 6, bias=False)).double().eval()
     model[0].weight.data = torch.eye(6, dtype=torch.float64)
     batch = normal(40, 6) * (normal(40, 6, seed=1) > 1)
-    decomposition = result(
-        model, batch, 1e-6, lambda site: rank_one_pieces(site.matrix(), torch.eye(6).double())
-    )
+    decomposition = result(model, batch, 1e-6, lambda site: rank_one_pieces(site.matrix(), torch.eye(6).double()))
 
     found = verification(decomposition, [batch], steps=8, bound=False)
 

@@ -83,7 +83,11 @@ def test_activations_do_not_depend_on_the_gauge(n: int, rank: int, d_in: int, d_
     v, u = pieces.v * scale, pieces.u / scale
     for c in range(n):
         own = pieces.owner == c
-        basis = torch.linalg.qr(drawn(int(own.sum()), int(own.sum()), seed=seed + 3))[0] if own.sum() > 1 else torch.ones(1, 1).double()
+        basis = (
+            torch.linalg.qr(drawn(int(own.sum()), int(own.sum()), seed=seed + 3))[0]
+            if own.sum() > 1
+            else torch.ones(1, 1).double()
+        )
         v[own], u[own] = basis @ v[own], basis @ u[own]
     turned = Pieces(v, u, pieces.owner)
 

@@ -62,12 +62,18 @@ def test_components_sum_to_the_weights_after_every_step(start: str, dtype: torch
 
 
 @given(
-    n=st.integers(1, 8), d_in=st.integers(1, 5), d_out=st.integers(1, 5), move_v=st.booleans(), seed=st.integers(0, 2**16)
+    n=st.integers(1, 8),
+    d_in=st.integers(1, 5),
+    d_out=st.integers(1, 5),
+    move_v=st.booleans(),
+    seed=st.integers(0, 2**16),
 )
 @settings(max_examples=50)
 def test_pieces_that_span_the_weights_are_made_exact(n: int, d_in: int, d_out: int, move_v: bool, seed: int):
     """F1. Twice as many pieces as needed, so that they are well away from not spanning."""
-    pieces = rank_one_pieces(drawn(2 * max(d_in, d_out) + n, d_in, seed=seed), drawn(2 * max(d_in, d_out) + n, d_out, seed=seed + 1))
+    pieces = rank_one_pieces(
+        drawn(2 * max(d_in, d_out) + n, d_in, seed=seed), drawn(2 * max(d_in, d_out) + n, d_out, seed=seed + 1)
+    )
     weight = drawn(d_out, d_in, seed=seed + 2)
 
     fixed = exact(pieces, weight, move_v)
@@ -131,7 +137,7 @@ def test_sources_stay_within_zero_and_one():
     steps(state, x, 12)
 
     for source in state.sources.values():
-        assert 0 <= float(source.min()) and float(source.max()) <= 1
+        assert float(source.min()) >= 0 and float(source.max()) <= 1
 
 
 def test_steps_do_not_touch_the_target():
@@ -212,10 +218,7 @@ def test_the_gradient_of_the_correction_is_that_of_the_formula(move_v: bool):
     found = torch.autograd.grad((fixed.v * by[0]).sum() + (fixed.u * by[1]).sum(), [v, u])
 
     missing = weight - u.T @ v
-    if move_v:
-        slow = (v + torch.linalg.pinv(u.T) @ missing, u)
-    else:
-        slow = (v, u + torch.linalg.pinv(v.T) @ missing.T)
+    slow = (v + torch.linalg.pinv(u.T) @ missing, u) if move_v else (v, u + torch.linalg.pinv(v.T) @ missing.T)
     expected = torch.autograd.grad((slow[0] * by[0]).sum() + (slow[1] * by[1]).sum(), [v, u])
     assert_close(found, expected, rtol=1e-6, atol=1e-8)
 

@@ -17,9 +17,7 @@ def report() -> Report:
     """A quick report on few images, with a title that no page should run."""
     few = [torch.cat(digits.batches("train"))[:128]]
     config = wd.Config(steps=0, sample=128)
-    decomposition = wd.decompose(
-        digits.model(), few, tolerance=0.2, divergence="kl", config=config, progress=False
-    )
+    decomposition = wd.decompose(digits.model(), few, tolerance=0.2, divergence="kl", config=config, progress=False)
     pixels = torch.cat(digits.batches("test"))[:64]
     verification = decomposition.verify([pixels], steps=20, restarts=1)
     images = Images(pixels, digits.labels("test")[:64], side=8)

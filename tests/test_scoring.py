@@ -25,9 +25,7 @@ from benchmarks.targets import TASKS, make
 
 def random_factors(n: int, rank: int, d_out: int, d_in: int, rng: torch.Generator) -> Factors:
     owner = torch.arange(n).repeat_interleave(rank)
-    return Factors(
-        torch.randn(n * rank, d_out, generator=rng), torch.randn(n * rank, d_in, generator=rng), owner
-    )
+    return Factors(torch.randn(n * rank, d_out, generator=rng), torch.randn(n * rank, d_in, generator=rng), owner)
 
 
 def weights(factors: Factors) -> torch.Tensor:
@@ -134,9 +132,7 @@ def test_matching_equals_the_loop_over_dense_matrices(n: int, surplus: int, rank
         relative = ((ours[column] - theirs[i]).norm() / theirs[i].norm()).item()
         # The Gram form cancels; found and true norms may differ a hundredfold in a random draw.
         assert result.relative_error[i].item() == pytest.approx(relative, rel=1e-4, abs=1e-5)
-        assert result.norm_ratio[i].item() == pytest.approx(
-            (ours[column].norm() / theirs[i].norm()).item(), rel=1e-4
-        )
+        assert result.norm_ratio[i].item() == pytest.approx((ours[column].norm() / theirs[i].norm()).item(), rel=1e-4)
     assert len(set(result.columns.tolist())) == n
 
 
@@ -148,9 +144,7 @@ def test_scores_do_not_depend_on_the_gauge(n: int, rank: int, seed: int):
     order = torch.randperm(n, generator=rng)
     u, v = truth.u.clone(), truth.v.clone()
     for c in range(n):
-        mix = torch.linalg.qr(torch.randn(rank, rank, generator=rng)).Q * (
-            0.1 + 5 * torch.rand(rank, 1, generator=rng)
-        )
+        mix = torch.linalg.qr(torch.randn(rank, rank, generator=rng)).Q * (0.1 + 5 * torch.rand(rank, 1, generator=rng))
         u[truth.owner == c] = mix @ truth.u[truth.owner == c]
         v[truth.owner == c] = torch.linalg.inv(mix).T @ truth.v[truth.owner == c]
 
@@ -215,9 +209,7 @@ def test_the_cosine_of_a_truth_of_higher_rank_is_an_error(rng: torch.Generator):
         mean_max_cosine(truth, truth)
 
 
-@given(
-    d_out=st.integers(1, 6), d_in=st.integers(1, 6), surplus=st.integers(0, 9), seed=st.integers(0, 2**32 - 1)
-)
+@given(d_out=st.integers(1, 6), d_in=st.integers(1, 6), surplus=st.integers(0, 9), seed=st.integers(0, 2**32 - 1))
 def test_every_null_sums_to_the_matrix(d_out: int, d_in: int, surplus: int, seed: int):
     rng = torch.Generator().manual_seed(seed)
     matrix = torch.randn(d_out, d_in, generator=rng, dtype=torch.float64)

@@ -74,7 +74,9 @@ def test_a_mask_scales_its_component_of_the_weight(name: str):
     target = case(name, torch.float64)
     sites, _ = find_sites(target.model, target.batch)
     pieces = {site.path: exact_pieces(site, seed=i, rank=2) for i, site in enumerate(sites)}
-    masks = {s.path: torch.rand(pieces[s.path].n, dtype=s.dtype, generator=torch.Generator().manual_seed(3)) for s in sites}
+    masks = {
+        s.path: torch.rand(pieces[s.path].n, dtype=s.dtype, generator=torch.Generator().manual_seed(3)) for s in sites
+    }
     changed = copy.deepcopy(target.model)
     for site in sites:
         parts = [m * pieces[site.path].weight(c) for c, m in enumerate(masks[site.path])]
@@ -240,7 +242,11 @@ class _Late(nn.Module):
             "layer.e.weight",
             "max_norm",
         ),
-        (nn.Sequential(nn.Unflatten(1, (4, 1)), nn.ConvTranspose1d(4, 4, 1), nn.Flatten()), "layer.1.weight", "outside"),
+        (
+            nn.Sequential(nn.Unflatten(1, (4, 1)), nn.ConvTranspose1d(4, 4, 1), nn.Flatten()),
+            "layer.1.weight",
+            "outside",
+        ),
     ],
     ids=lambda x: x if isinstance(x, str) else "",
 )
@@ -265,7 +271,11 @@ def test_a_weight_that_a_hook_computes_is_listed():
 
 @pytest.mark.parametrize(
     "parametrized",
-    [nn.utils.parametrizations.weight_norm, nn.utils.parametrizations.spectral_norm, nn.utils.parametrizations.orthogonal],
+    [
+        nn.utils.parametrizations.weight_norm,
+        nn.utils.parametrizations.spectral_norm,
+        nn.utils.parametrizations.orthogonal,
+    ],
 )
 def test_a_parametrized_weight_is_replaced_in_the_copy_alone(parametrized: Any):
     model = nn.Sequential(parametrized(nn.Linear(4, 3)), nn.Linear(3, 2)).eval()
@@ -306,7 +316,9 @@ def test_patterns_choose_sites_and_list_the_others():
 def test_a_pattern_that_matches_nothing_names_the_nearest_paths():
     model = Calls(lambda m, x: m.down(m.up(x)), up=nn.Linear(4, 4), down=nn.Linear(4, 4)).eval()
 
-    with pytest.raises(ValueError, match=r"sites: no decomposable module at 'upp'; did you mean one of \['up', 'down'\]"):
+    with pytest.raises(
+        ValueError, match=r"sites: no decomposable module at 'upp'; did you mean one of \['up', 'down'\]"
+    ):
         find_sites(model, drawn(8, 4).float(), ["upp"])
 
 

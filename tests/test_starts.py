@@ -58,9 +58,7 @@ def test_rows_and_columns_sum_to_the_weights_on_the_inputs(d_in: int, d_out: int
 
 @given(**shapes, n=st.integers(1, 9))
 @settings(max_examples=80)
-def test_any_exemplars_sum_to_the_weights_on_the_inputs(
-    d_in: int, d_out: int, span: int, rank: int, seed: int, n: int
-):
+def test_any_exemplars_sum_to_the_weights_on_the_inputs(d_in: int, d_out: int, span: int, rank: int, seed: int, n: int):
     """F1, also for directions that are too few, too many, repeated, or unread by the weights."""
     matrix, rows = site(d_in, d_out, span, rank, seed)
     reach = Reach(matrix, rows)

@@ -194,9 +194,7 @@ def test_a_missing_directory_is_named_with_the_nearest(saved: Path):
 
 
 def test_a_missing_artefact_is_named_with_what_is_there(saved: Path):
-    with pytest.raises(
-        ValueError, match=r"holds no decomposition: .*'decomposition.json'; it holds \['toy'\]"
-    ):
+    with pytest.raises(ValueError, match=r"holds no decomposition: .*'decomposition.json'; it holds \['toy'\]"):
         _storage.read(saved, "decomposition")
 
 
@@ -241,9 +239,7 @@ def test_entries_of_the_wrong_form_are_refused(saved: Path, changes: dict):
         _storage.read(saved, "toy")
 
 
-@pytest.mark.parametrize(
-    "text", ["", "{", "[" * 100_000, "\x00", "[]", "3", '{"format": true}', '{"format": 0}']
-)
+@pytest.mark.parametrize("text", ["", "{", "[" * 100_000, "\x00", "[]", "3", '{"format": true}', '{"format": 0}'])
 def test_a_malformed_document_is_refused(saved: Path, text: str):
     (saved / "toy.json").write_text(text)
 
@@ -446,9 +442,7 @@ def test_a_process_killed_while_it_writes_leaves_a_whole_artefact(tmp_path: Path
     draw = random.Random(0)
     for round_ in range(4):
         directory = tmp_path / str(round_)
-        writer = subprocess.Popen(
-            [sys.executable, "-c", WRITER, str(directory)], stdout=subprocess.PIPE, text=True
-        )
+        writer = subprocess.Popen([sys.executable, "-c", WRITER, str(directory)], stdout=subprocess.PIPE, text=True)
         assert writer.stdout is not None
         writer.stdout.readline()
         time.sleep(draw.uniform(0, 0.05))
@@ -503,9 +497,7 @@ def test_the_conversion_that_the_error_gives_works(tmp_path: Path):
 def test_missing_weights_are_named_with_the_nearest(tmp_path: Path):
     safetensors.torch.save_file(TENSORS, tmp_path / "model.safetensors")
 
-    with pytest.raises(
-        ValueError, match=r"no file '.*modle.safetensors'; did you mean one of .*model.safetensors"
-    ):
+    with pytest.raises(ValueError, match=r"no file '.*modle.safetensors'; did you mean one of .*model.safetensors"):
         _storage.read_weights(tmp_path / "modle.safetensors")
 
 
@@ -565,8 +557,6 @@ def test_a_digest_tells_models_apart(other: dict[str, Tensor]):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_every_dtype_and_the_empty_tensor_have_a_digest(dtype: torch.dtype):
-    digest = _storage.digest(
-        {"a": torch.ones(3, dtype=dtype), "b": torch.ones((), dtype=dtype), "c": torch.ones(0)}
-    )
+    digest = _storage.digest({"a": torch.ones(3, dtype=dtype), "b": torch.ones((), dtype=dtype), "c": torch.ones(0)})
 
     assert len(digest) == 64

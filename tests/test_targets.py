@@ -32,9 +32,7 @@ def polygon(n: int, norm: float) -> torch.Tensor:
     return norm * torch.stack([angles.cos(), angles.sin()])
 
 
-def target_of(
-    weight: torch.Tensor, loss: float, rotated: bool = False, identity: bool = False
-) -> targets.Target:
+def target_of(weight: torch.Tensor, loss: float, rotated: bool = False, identity: bool = False) -> targets.Target:
     training = TmsTraining(weight.shape[1], weight.shape[0], 0, 1)
     tensors = {"weight": weight, "bias": torch.full((weight.shape[1],), -0.25)}
     return tms_target("tms", tensors, {"loss": loss}, training, identity, rotated, seed=0)
@@ -59,10 +57,7 @@ def test_the_first_seed_of_every_larger_task_verifies(task: str):
 def test_the_default_bias_initialisation_gives_targets_that_are_rejected():
     training = TmsTraining(5, 2, 5000, 1024, bias_bound=1 / math.sqrt(2))
 
-    built = [
-        tms_target("tms", *targets.trained(training, seed, None), training, False, False, seed)
-        for seed in (0, 1)
-    ]
+    built = [tms_target("tms", *targets.trained(training, seed, None), training, False, False, seed) for seed in (0, 1)]
 
     assert [target.verified for target in built] == [False, False]
 
@@ -141,9 +136,7 @@ def test_another_seed_is_not_read_from_the_cache(tmp_path: Path):
 
     second = make("tms_5_2", 1, tmp_path, STEPS)
 
-    assert not torch.equal(
-        first.model.get_parameter("linear1.weight"), second.model.get_parameter("linear1.weight")
-    )
+    assert not torch.equal(first.model.get_parameter("linear1.weight"), second.model.get_parameter("linear1.weight"))
 
 
 def test_training_uses_one_thread_and_gives_the_others_back():
@@ -221,9 +214,7 @@ def test_rotations_are_orthogonal_and_differ_between_seeds():
 
 
 def test_the_fast_training_pass_takes_the_steps_of_the_plain_model():
-    training = ResidualTraining(
-        n_layers=2, n_features=6, d_mlp=4, steps=5, d_embed=12, batch=64, probability=0.3
-    )
+    training = ResidualTraining(n_layers=2, n_features=6, d_mlp=4, steps=5, d_embed=12, batch=64, probability=0.3)
     start, _ = train_residual(dataclasses.replace(training, steps=0), seed=0)
 
     fast, _ = train_residual(training, seed=0)
@@ -236,9 +227,7 @@ def test_the_fast_training_pass_takes_the_steps_of_the_plain_model():
         torch.rand(4, 12, generator=rng)
         torch.rand(12, 4, generator=rng)
     # The plain parameters in the order in which the fast pass lists them.
-    parameters = [
-        model.get_parameter(f"layers.{i}.{part}.weight") for part in ("mlp_in", "mlp_out") for i in range(2)
-    ]
+    parameters = [model.get_parameter(f"layers.{i}.{part}.weight") for part in ("mlp_in", "mlp_out") for i in range(2)]
     optimiser = torch.optim.AdamW(parameters, lr=3e-3, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, 5)
     inputs = targets.Inputs(6, 0.3, -1.0, 1.0)
@@ -273,9 +262,7 @@ def test_the_fast_training_pass_takes_the_steps_of_the_plain_model():
 def test_every_linear_layer_has_a_mechanism_of_its_shape(task: str, shapes: dict[str, tuple[int, int]]):
     target = make(task, 0, None, STEPS)
 
-    linears = {
-        path: tuple(m.weight.shape) for path, m in target.model.named_modules() if isinstance(m, nn.Linear)
-    }
+    linears = {path: tuple(m.weight.shape) for path, m in target.model.named_modules() if isinstance(m, nn.Linear)}
     assert linears == shapes
     assert list(target.mechanisms) == list(shapes)  # in the model's own order
 
@@ -297,13 +284,9 @@ def test_a_rotated_first_matrix_is_split_along_the_rotated_features():
     mechanism = target.mechanisms["linear1"]
     assert isinstance(mechanism, PerFeature)
 
-    answers = torch.stack(
-        [weight @ probe for weight, probe in zip(mechanism.weights, target.probes(1.0), strict=True)]
-    )
+    answers = torch.stack([weight @ probe for weight, probe in zip(mechanism.weights, target.probes(1.0), strict=True)])
 
-    assert_close(
-        answers, target.probes(1.0) @ target.model.get_parameter("linear1.weight").T, rtol=1e-5, atol=1e-6
-    )
+    assert_close(answers, target.probes(1.0) @ target.model.get_parameter("linear1.weight").T, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("index", [0, 1, 2])

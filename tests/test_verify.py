@@ -45,8 +45,7 @@ class Result:
 
     def gates_on(self, record: Record) -> Masks:
         return {
-            site.path: [self._gates(site, operands) for operands in record.operands[site.path]]
-            for site in self.sites
+            site.path: [self._gates(site, operands) for operands in record.operands[site.path]] for site in self.sites
         }
 
     def _gates(self, site: Site, operands: tuple) -> Tensor:
@@ -189,9 +188,7 @@ def test_inputs_in_several_parts_are_attacked_as_if_in_one(per_input: bool):
     ablation = decomposition.ablation()
 
     def part(x: Tensor) -> Part:
-        return Part(
-            x, decomposition.target(x).detach(), {"": [decomposition._gates(ablation.sites[0], (x,))]}
-        )
+        return Part(x, decomposition.target(x).detach(), {"": [decomposition._gates(ablation.sites[0], (x,))]})
 
     whole = attacked(ablation, [part(batch)], [40], 3, per_input, generator())
     parts = attacked(ablation, [part(batch[:2]), part(batch[2:])], [40], 3, per_input, generator())
@@ -287,9 +284,7 @@ def test_the_unmasked_damage_is_the_share_of_the_output_that_the_remainder_makes
 def test_stochastic_damage_has_the_mean_of_uniform_sources():
     """One component: E[(1 - s)^2] = 1/3, with a standard error that the mean stays within."""
     model, batch = filled(nn.Linear(1, 1, bias=False)), normal(400, 1)
-    decomposition = result(
-        model, batch, CLOSED, lambda site: rank_one_pieces(site.matrix(), torch.ones(1, 1).double())
-    )
+    decomposition = result(model, batch, CLOSED, lambda site: rank_one_pieces(site.matrix(), torch.ones(1, 1).double()))
 
     found = small(decomposition, batch).stochastic
 
@@ -321,9 +316,7 @@ def test_inputs_that_do_not_fit_into_memory_at_once_give_the_same_figures(monkey
 def test_a_target_in_half_precision_keeps_its_damages():
     decomposition, batch = mlp()
     whole = small(decomposition, batch)
-    pieces = {
-        path: Pieces(own.v.float(), own.u.float(), own.owner) for path, own in decomposition.pieces.items()
-    }
+    pieces = {path: Pieces(own.v.float(), own.u.float(), own.owner) for path, own in decomposition.pieces.items()}
     target, batch = decomposition.target.bfloat16(), batch.bfloat16()
 
     found = small(result(target, batch, 0.5, lambda site: pieces[site.path]), batch)

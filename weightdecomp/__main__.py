@@ -51,18 +51,14 @@ def main(words: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("python -m weightdecomp", description=_ABOUT, allow_abbrev=False)
     verbs = parser.add_subparsers(required=True, metavar="demo | decompose | verify")
-    demo = _verb(
-        verbs, "demo", _demo, "decompose a small digit classifier that comes along, and report on it"
-    )
+    demo = _verb(verbs, "demo", _demo, "decompose a small digit classifier that comes along, and report on it")
     demo.add_argument("--out", type=Path, default=Path("demo"), metavar="DIR", help="default: %(default)s")
     _add_run(demo)
     run = _verb(verbs, "decompose", _decompose, "decompose a model of yours, and save the result")
     run.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to save to, new or empty")
     _add_model(run)
     _add_run(run)
-    run.add_argument(
-        "--sites", action="append", metavar="PATTERN", help="module paths, as in layers.*; repeatable"
-    )
+    run.add_argument("--sites", action="append", metavar="PATTERN", help="module paths, as in layers.*; repeatable")
     run.add_argument("--divergence", default="auto", metavar="NAME", help=_DIVERGENCE)
     run.add_argument("--checkpoint", type=Path, metavar="DIR", help="keep progress there; repeat to resume")
     check = _verb(verbs, "verify", _verify, "attack a saved decomposition on inputs it has not seen")
@@ -84,9 +80,7 @@ def _verb(verbs: Any, name: str, function: Any, about: str) -> argparse.Argument
 
 def _add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", required=True, metavar="MODULE:FACTORY", help=_MODEL)
-    parser.add_argument(
-        "--weights", type=Path, metavar="FILE", help="safetensors; default: the factory's own"
-    )
+    parser.add_argument("--weights", type=Path, metavar="FILE", help="safetensors; default: the factory's own")
     parser.add_argument("--data", required=True, metavar="MODULE:FUNCTION", help=_DATA)
 
 
@@ -162,9 +156,7 @@ def _demo(given: argparse.Namespace) -> int:
     test = digits.batches("test")
     verification = _verified(given, decomposition, test, _ATTACK)
     images = _figures.Images(torch.cat(test), digits.labels("test"), side=8)
-    report = _report.Report(
-        "A classifier of handwritten digits, decomposed", decomposition, verification, images
-    )
+    report = _report.Report("A classifier of handwritten digits, decomposed", decomposition, verification, images)
     page = _page.write(report, given.out)
     document = {"report": str(page), **_document(decomposition), "verification": verification.to_dict()}
     _say(given, document, f"{_report.text(report)}\n\nReport with pictures: {page}\nDecomposition: {saved}")
@@ -175,9 +167,7 @@ def _config(given: argparse.Namespace) -> Config:
     return Config() if given.steps is None else Config(steps=given.steps)
 
 
-def _verified(
-    given: argparse.Namespace, decomposition: Decomposition, batches: Any, steps: int
-) -> Verification:
+def _verified(given: argparse.Namespace, decomposition: Decomposition, batches: Any, steps: int) -> Verification:
     """`Decomposition.verify` under a progress bar."""
     with tqdm(desc="verify", disable=given.no_progress, leave=False, dynamic_ncols=True) as bar:
 

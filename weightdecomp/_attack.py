@@ -62,9 +62,7 @@ class Attack(NamedTuple):
     spent: int
 
 
-Sources = dict[
-    str, Float[Tensor, "group source"]
-]  # per site: a source per component, and one for the remainder
+Sources = dict[str, Float[Tensor, "group source"]]  # per site: a source per component, and one for the remainder
 
 
 def drawn_sources(ablation: Ablation, groups: int, rng: torch.Generator) -> Sources:
@@ -84,9 +82,7 @@ def _per_row(source: Float[Tensor, "group n"], group: Int[Tensor, " input"], lik
     return source[group].reshape(len(group), *[1] * (like.ndim - 2), source.shape[-1])
 
 
-def masks_from(
-    importances: Masks, sources: Sources, group: Int[Tensor, " input"]
-) -> tuple[Masks, dict[str, Tensor]]:
+def masks_from(importances: Masks, sources: Sources, group: Int[Tensor, " input"]) -> tuple[Masks, dict[str, Tensor]]:
     """Masks m = g + (1 - g) s of the components and m = s of the remainders."""
     masks, remainder = {}, {}
     for path, calls in importances.items():
@@ -199,9 +195,7 @@ def _tiled(ablation: Ablation, part: Part, restarts: int) -> _Tile:
         own = g.ndim > 1 and len(g) == n and len(operands[path][call][0]) == n * restarts
         return _Gate(g, 1 - g, own)
 
-    gates = {
-        path: [gate(path, i, g) for i, g in enumerate(calls)] for path, calls in part.importances.items()
-    }
+    gates = {path: [gate(path, i, g) for i, g in enumerate(calls)] for path, calls in part.importances.items()}
     return _Tile(batch, _tiled_output(part.target, index, n), gates, n)
 
 
@@ -267,9 +261,7 @@ def _tile_masks(
     for site, source in zip(sites, sources, strict=True):
         rows = [_tile_rows(gate, tile.inputs, source) for gate in tile.gates[site.path]]
         masks[site.path] = [
-            torch.addcmul(g.importance, g.closed, row[..., :-1].to(g.closed.dtype)).reshape(
-                -1, *g.closed.shape[1:]
-            )
+            torch.addcmul(g.importance, g.closed, row[..., :-1].to(g.closed.dtype)).reshape(-1, *g.closed.shape[1:])
             for g, row in zip(tile.gates[site.path], rows, strict=True)
         ]
         first = rows[0][..., -1:]

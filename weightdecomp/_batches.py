@@ -101,8 +101,8 @@ def joined(batches: Sequence[Batch]) -> list[Batch]:
     layouts = {_layout(batch) for batch in batches}
     if len(batches) == 1 or len(layouts) > 1 or isinstance(first, Mapping | tuple | list) and _odd(batches):
         return list(batches)
-    columns = [torch.cat(column) for column in zip(*(tensors(batch) for batch in batches), strict=True)]
-    return [_mapped(first, lambda x, it=iter(columns): next(it))]
+    columns = (torch.cat(column) for column in zip(*(tensors(batch) for batch in batches), strict=True))
+    return [_mapped(first, lambda _: next(columns))]
 
 
 def _layout(batch: Batch) -> tuple:

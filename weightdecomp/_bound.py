@@ -68,9 +68,7 @@ def masked_site_output(
     return output if bias is None else output + bias
 
 
-def _masked_rows(
-    x: Interval, site: Pieces, rest: Tensor | None, low: Float[Tensor, "row component"]
-) -> Interval:
+def _masked_rows(x: Interval, site: Pieces, rest: Tensor | None, low: Float[Tensor, "row component"]) -> Interval:
     center, radius = x.center, x.radius
     z, reach = _contributions(center, site, rest), _reaches(radius, site, rest)
     mean, half = ((1 + low) / 2)[..., None], ((1 - low) / 2)[..., None]
@@ -155,9 +153,7 @@ def kl_upper(target_logits: Float[Tensor, "*batch token"], output: Interval) -> 
     return (largest - torch.special.entr(p).sum(-1) + SLACK * (1 + size)).clamp_min(0)
 
 
-def _largest_free_energy(
-    lo: Tensor, hi: Tensor, p: Tensor, tried: tuple[Tensor, ...]
-) -> Float[Tensor, "*batch"]:
+def _largest_free_energy(lo: Tensor, hi: Tensor, p: Tensor, tried: tuple[Tensor, ...]) -> Float[Tensor, "*batch"]:
     """An upper bound of logsumexp(z) - p z over the box, the classes `tried` at each of their ends."""
     if tried:
         own, rest = tried[0], tried[1:]

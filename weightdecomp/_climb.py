@@ -39,9 +39,7 @@ class Climb:
         self._top, self._base, self._goal = self.best.clone(), self.sources.clone(), self.sources.clone()
         self._failed = torch.zeros_like(self.best, dtype=torch.long)
 
-    def step(
-        self, value: Float[Tensor, "restart group"], grad: Float[Tensor, "restart group source"]
-    ) -> None:
+    def step(self, value: Float[Tensor, "restart group"], grad: Float[Tensor, "restart group source"]) -> None:
         """Take in what the present sources do, and choose the next ones."""
         # An undefined output is the worst there is; the sign of its undefined gradient is 0.
         value = value.nan_to_num(nan=torch.inf, posinf=torch.inf)

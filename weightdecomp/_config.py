@@ -32,7 +32,7 @@ class Config:
             value = getattr(self, name)
             if value < least:
                 raise ValueError(f"{name} must be at least {least}, got {value}")
-        if not 0 < self.rate:
+        if not self.rate > 0:
             raise ValueError(f"rate must be positive, got {self.rate}")
         if not 0 <= self.adversarial <= 1:
             raise ValueError(f"adversarial must be in [0, 1], got {self.adversarial}")

@@ -32,12 +32,12 @@ from weightdecomp._decomposition import Decomposition, Outcome, Parts
 from weightdecomp._divergence import Divergence, choose
 from weightdecomp._fit import REVIEW, Gated, Start, chosen_start, frequencies
 from weightdecomp._ledger import value_bits
+from weightdecomp._null import effort, null_effort
 from weightdecomp._pieces import Pieces
 from weightdecomp._progress import Progress
 from weightdecomp._refine import frame
 from weightdecomp._rounds import refined
 from weightdecomp._sample import Sample, taken
-from weightdecomp._null import effort, null_effort
 from weightdecomp._sites import Site, find_sites
 from weightdecomp._storage import digest as weights_digest
 
@@ -84,7 +84,8 @@ def decompose(
         TypeError: For arguments of a wrong kind.
 
     Source:
-        Components, masks and adversary after SPD (arXiv 2506.20790) and VPD (Goodfire 2026); starts, gates and price ours.
+        Components, masks and adversary after SPD (arXiv 2506.20790) and VPD (Goodfire 2026); starts, gates and
+        price ours.
     """
     config = config or Config()
     check_module(model)
@@ -200,9 +201,7 @@ def _outcome(
         f"{gated.damage:.4f} after {REVIEW[0]} steps x {REVIEW[1]} restarts on held-out inputs, "
         f"{relation} the tolerance {tolerance:g}"
     )
-    return Outcome(
-        converged, reason, gated.damage, compresses, verdict, spent, null, gated.ledger, dense, steps
-    )
+    return Outcome(converged, reason, gated.damage, compresses, verdict, spent, null, gated.ledger, dense, steps)
 
 
 def _rank(start: Start) -> int:

@@ -209,7 +209,7 @@ class Decomposition:
         """
         (batch,) = self.read([inputs])
         found = self.gates_on(recorded(self.target, batch, self.sites))
-        return {path: calls[0] if len(calls) == 1 else torch.stack(calls) for path, calls in found.items()}
+        return {path: calls[0] if len(calls) == 1 else torch.stack(list(calls)) for path, calls in found.items()}
 
     def ablate(
         self, inputs: Batch, keep: Mapping[str, Tensor] | Circuit | Sequence[Circuit], remainder: bool = False

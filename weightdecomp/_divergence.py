@@ -38,17 +38,13 @@ class Divergence(NamedTuple):
         )
 
 
-def mse(
-    output: Float[Tensor, "*batch d_output"], target: Float[Tensor, "*batch d_output"]
-) -> Float[Tensor, "*batch"]:
+def mse(output: Float[Tensor, "*batch d_output"], target: Float[Tensor, "*batch d_output"]) -> Float[Tensor, "*batch"]:
     """Mean squared error over the last dimension."""
     dtype = torch.float64 if output.dtype == torch.float64 else torch.float32
     return (output.to(dtype) - target.to(dtype)).square().mean(-1)
 
 
-def kl(
-    output: Float[Tensor, "*batch token"], target: Float[Tensor, "*batch token"]
-) -> Float[Tensor, "*batch"]:
+def kl(output: Float[Tensor, "*batch token"], target: Float[Tensor, "*batch token"]) -> Float[Tensor, "*batch"]:
     """KL(target || output) of the distributions whose logits are in the last dimension, in nats."""
     dtype = torch.float64 if output.dtype == torch.float64 else torch.float32
     log_q = F.log_softmax(output.to(dtype), -1)

@@ -57,7 +57,9 @@ def _members(selection: Selection) -> Iterator[Member]:
 def _rewritten(decomposition: "Decomposition", member: Member, vector: Tensor) -> Tensor:
     component = decomposition.component(*member)
     if len(component.left) != 1:
-        raise ValueError(f"component {member} has rank {len(component.left)}; only rank-one components can be rewritten")
+        raise ValueError(
+            f"component {member} has rank {len(component.left)}; only rank-one components can be rewritten"
+        )
     vector = torch.as_tensor(vector, dtype=component.left.dtype, device=component.left.device)
     if vector.shape != component.left[0].shape:
         expected = tuple(component.left[0].shape)

@@ -90,9 +90,7 @@ class Trade:
     (effects where closed) + price x (inputs where open), by running sums over sorted activations.
     """
 
-    def __init__(
-        self, activations: Float[Tensor, "row component"], effects: Float[Tensor, "row component"]
-    ) -> None:
+    def __init__(self, activations: Float[Tensor, "row component"], effects: Float[Tensor, "row component"]) -> None:
         """Sort both arms."""
         self.typical = float(effects.sum(1).mean()) + 1e-30
         self._arms = []

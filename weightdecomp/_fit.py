@@ -113,9 +113,7 @@ def _bits_alone(
     return price(_n_rows(sizes), tolerance, [frequency], [pieces.ranks()], [site.shape]).per_input
 
 
-def _trade(
-    pieces: Pieces, inner: Sequence[Tensor], sizes: Sequence[Tensor], sensitivity: Sequence[Tensor]
-) -> Trade:
+def _trade(pieces: Pieces, inner: Sequence[Tensor], sizes: Sequence[Tensor], sensitivity: Sequence[Tensor]) -> Trade:
     hits = [effects(h, pieces, s) for h, s in zip(inner, sensitivity, strict=True)]
     return Trade(torch.cat([a.flatten(0, -2) for a in sizes]), torch.cat([e.flatten(0, -2) for e in hits]))
 

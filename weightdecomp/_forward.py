@@ -125,8 +125,6 @@ class _Masked(NamedTuple):
         return site.write(rows, operands)
 
 
-def inner_activations(
-    record: Record, site: Site, pieces: Pieces
-) -> list[Float[Tensor, "*batch piece"]]:
+def inner_activations(record: Record, site: Site, pieces: Pieces) -> list[Float[Tensor, "*batch piece"]]:
     """Inner activations of a site's pieces on the target's own inputs, one tensor a call."""
     return [site.read(operands, pieces.v) for operands in record.operands[site.path]]

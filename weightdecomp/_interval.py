@@ -65,9 +65,7 @@ class Interval:
 
     def __init__(self, lo: Tensor, hi: Tensor):
         if lo.shape != hi.shape:
-            raise ValueError(
-                f"ends of an interval must agree in shape, got {(*lo.shape,)} and {(*hi.shape,)}"
-            )
+            raise ValueError(f"ends of an interval must agree in shape, got {(*lo.shape,)} and {(*hi.shape,)}")
         self.lo, self.hi = constant(lo), constant(hi)
         if self.hi.data_ptr() == self.lo.data_ptr():
             self.hi = self.hi.clone()
@@ -76,9 +74,7 @@ class Interval:
             self.lo = self.lo.masked_fill(undefined, -torch.inf)
             self.hi = self.hi.masked_fill(undefined, torch.inf)
         if (self.lo > self.hi).any():
-            raise ValueError(
-                "a lower end of the interval is above its upper end; pass Interval(lo, hi), lo <= hi"
-            )
+            raise ValueError("a lower end of the interval is above its upper end; pass Interval(lo, hi), lo <= hi")
 
     @staticmethod
     def of(value: "Interval | Tensor") -> "Interval":
@@ -188,6 +184,4 @@ def ends(value: Any) -> tuple[Any, Any]:
 def widened(lo: Tensor, hi: Tensor, magnitude: Tensor | float = 0.0) -> Interval:
     """The box of two rounded ends, moved outward by SLACK of themselves and of a magnitude."""
     # An infinite end times (1 +- SLACK) stays itself, where adding an infinite widening would be undefined.
-    return Interval(
-        lo * (1 - SLACK * lo.sign()) - SLACK * magnitude, hi * (1 + SLACK * hi.sign()) + SLACK * magnitude
-    )
+    return Interval(lo * (1 - SLACK * lo.sign()) - SLACK * magnitude, hi * (1 + SLACK * hi.sign()) + SLACK * magnitude)

@@ -111,9 +111,7 @@ def _rms_norm(
     x: Interval, normalized_shape: Sequence[int], weight: Tensor | None = None, eps: float | None = None
 ) -> Interval:
     if eps is None and weight is None:
-        raise TypeError(
-            "without eps and weight its eps is that of the input's dtype, which an interval has not"
-        )
+        raise TypeError("without eps and weight its eps is that of the input's dtype, which an interval has not")
     eps = torch.finfo(weight.dtype).eps if eps is None and weight is not None else eps
     rows = x.flatten(-len(normalized_shape))
     return _scaled(_normalised(rows, rows.radius, eps or 0.0).reshape(x.shape), weight, None)

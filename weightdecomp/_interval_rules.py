@@ -64,8 +64,7 @@ def _rising(function: Rule, *args: Any, slack: bool = False, magnitude: float = 
     """Both ends through a non-decreasing function, which may return several tensors."""
     floating(options.pop("dtype", None))
     lo, hi = (
-        function(*_at(end, args), **{key: _at(end, value) for key, value in options.items()})
-        for end in ("lo", "hi")
+        function(*_at(end, args), **{key: _at(end, value) for key, value in options.items()}) for end in ("lo", "hi")
     )
     if isinstance(lo, Tensor):
         return widened(lo, hi, magnitude) if slack else Interval(lo, hi)
@@ -269,9 +268,7 @@ def _bilinear(x: Any, y: Any, weight: Any, bias: Any = None) -> Interval:
     return rows if bias is None else _add(rows, bias)
 
 
-def _convolution(
-    function: Rule, x: Any, weight: Any, bias: Any = None, *args: Any, **options: Any
-) -> Interval:
+def _convolution(function: Rule, x: Any, weight: Any, bias: Any = None, *args: Any, **options: Any) -> Interval:
     maps = _multilinear(function, x, weight, None, *args, **options)
     return maps if bias is None else _add(maps, bias.reshape(-1, *[1] * (weight.ndim - 2)))
 

@@ -42,7 +42,9 @@ class Ledger:
     def __str__(self) -> str:
         """A line a part."""
         parts = [(name, getattr(self, name)) for name in ("naming", "values", "dictionary", "residual", "total")]
-        return "\n".join(f"{name:<11}{bits:>14,.0f} bits {bits / self.n_inputs:>10.3f} per input" for name, bits in parts)
+        return "\n".join(
+            f"{name:<11}{bits:>14,.0f} bits {bits / self.n_inputs:>10.3f} per input" for name, bits in parts
+        )
 
 
 def entropy(frequency: Float[Tensor, "*n"]) -> Float[Tensor, "*n"]:
@@ -55,9 +57,7 @@ def value_bits(tolerance: float) -> float:
     return 0.5 * math.log2(1 / tolerance)
 
 
-def dictionary_bits(
-    frequency: Float[Tensor, "*n"], numbers: Real[Tensor, "*n"], n_inputs: int
-) -> Float[Tensor, "*n"]:
+def dictionary_bits(frequency: Float[Tensor, "*n"], numbers: Real[Tensor, "*n"], n_inputs: int) -> Float[Tensor, "*n"]:
     """Bits to store each component's numbers at the precision that its use deserves."""
     return numbers * 0.5 * torch.log2(1 + n_inputs * frequency)
 

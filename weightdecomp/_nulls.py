@@ -160,9 +160,7 @@ NAMES = tuple(_STARTS)
 def _check_size(place: Place, n: int, what: str) -> None:
     most = max(_CAPACITY * min(place.site.shape), place.n)
     if n > most:
-        raise Unsuitable(
-            f"{n:,} {what} at {place.site.path!r} are more than the {most:,} pieces scored at most"
-        )
+        raise Unsuitable(f"{n:,} {what} at {place.site.path!r} are more than the {most:,} pieces scored at most")
 
 
 def _root_rows(trial: Trial) -> dict[str, Float[Tensor, "d_in d_in"]]:
@@ -189,9 +187,7 @@ def _chunks(operands: Operands, numbers: int) -> list[Operands]:
     most = max(1, n * _AT_ONCE // numbers)
     if operands[0].ndim < 2 or n <= most:
         return [operands]
-    return [
-        tuple(x[i : i + most] if isinstance(x, Tensor) else x for x in operands) for i in range(0, n, most)
-    ]
+    return [tuple(x[i : i + most] if isinstance(x, Tensor) else x for x in operands) for i in range(0, n, most)]
 
 
 @torch.no_grad()

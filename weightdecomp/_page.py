@@ -86,9 +86,7 @@ def _candidate(one: Candidate) -> str:
     if one.ledger is None:
         return f"<tr><td>{escape(one.name)}</td><td colspan=5>skipped: {escape(one.reason)}</td></tr>"
     damages = [f"{f.damage:.3f}" if f else "–" for f in (one.stochastic, one.gates, one.adversarial)]
-    cells = "".join(
-        f"<td>{cell}</td>" for cell in (f"{one.active:.1f}", f"{one.ledger.per_input:.1f}", *damages)
-    )
+    cells = "".join(f"<td>{cell}</td>" for cell in (f"{one.active:.1f}", f"{one.ledger.per_input:.1f}", *damages))
     return f"<tr><td>{escape(one.name)}</td>{cells}</tr>"
 
 

@@ -10,9 +10,7 @@ from tqdm import tqdm
 class Progress:
     """A progress bar over the work units of a run: sites to start, steps to refine, and the closing computations."""
 
-    def __init__(
-        self, total: int, on_step: Callable[[int, dict[str, float]], None] | None, visible: bool
-    ) -> None:
+    def __init__(self, total: int, on_step: Callable[[int, dict[str, float]], None] | None, visible: bool) -> None:
         """Open the bar on stderr; an invisible one still calls `on_step`."""
         self.on_step = on_step
         self.bar = tqdm(total=total, disable=not visible, file=sys.stderr, leave=False, dynamic_ncols=True)

@@ -283,7 +283,8 @@ class Refiner:
 
 def _leaves(pieces: Pieces) -> Pieces:
     """Copies that gradients can be taken of, apart from the pieces that a rejected round falls back to."""
-    return Pieces(*(x.detach().clone().requires_grad_() for x in pieces[:2]), pieces.owner)
+    v, u = (x.detach().clone().requires_grad_() for x in pieces[:2])
+    return Pieces(v, u, pieces.owner)
 
 
 def _size(x: Tensor) -> float:

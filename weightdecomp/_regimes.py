@@ -90,9 +90,7 @@ class Ladder:
         """The rung of a budget."""
         rung = self.steps.index(steps)
         budget = f"{steps:,} steps x {self.restarts} restarts"
-        return Figure(
-            self.damages[rung], self.divergences[rung], "counterexample", budget, f"{self.sources} sources"
-        )
+        return Figure(self.damages[rung], self.divergences[rung], "counterexample", budget, f"{self.sources} sources")
 
 
 class Trial(NamedTuple):
@@ -209,7 +207,5 @@ def ledger(trial: Trial, tolerance: float, divergence: float) -> Ledger:
 
 def summed(one: Ledger, other: Ledger) -> Ledger:
     """Both costs together, on the inputs of the first."""
-    parts = (
-        getattr(one, name) + getattr(other, name) for name in ("naming", "values", "dictionary", "residual")
-    )
+    parts = (getattr(one, name) + getattr(other, name) for name in ("naming", "values", "dictionary", "residual"))
     return Ledger(one.n_inputs, *parts)

@@ -33,9 +33,7 @@ def problems(report: Report) -> list[str]:
         found.append(f"The run did not converge: {outcome.reason}.")
     if not verification.converged:
         own = f" On the run's own images: {outcome.reason}." if outcome.converged else ""
-        found.append(
-            f"Outside the tolerance on images that the run has not seen: {verification.reason}.{own}"
-        )
+        found.append(f"Outside the tolerance on images that the run has not seen: {verification.reason}.{own}")
     if not outcome.compresses:
         found.append(f"The run's verdict: {outcome.verdict}.")
     return found

@@ -106,6 +106,4 @@ def _tensors(prefix: str, pieces: Mapping[str, Pieces]) -> dict[str, torch.Tenso
 def _loaded(saved: Checkpoint, prefix: str, ablation: Ablation) -> dict[str, Pieces]:
     device = next(iter(ablation.pieces.values())).v.device
     found = saved.under(prefix)
-    return {
-        path: Pieces(*(found[f"{path}|{name}"].to(device) for name in Pieces._fields)) for path in ablation.pieces
-    }
+    return {path: Pieces(*(found[f"{path}|{name}"].to(device) for name in Pieces._fields)) for path in ablation.pieces}

@@ -92,9 +92,7 @@ def taken(
             f"ablating {paths} altogether does not change the output on the given batches: nothing to decompose; "
             "pass inputs on which these weights matter, or other sites="
         )
-    sensitivity = {
-        site.path: sensitivities(model, batch, site, record, divergence.name, rng) for site in sites
-    }
+    sensitivity = {site.path: sensitivities(model, batch, site, record, divergence.name, rng) for site in sites}
     if not any(calls.any() for site in sites for calls in sensitivity[site.path]):
         raise ValueError(
             f"ablating {paths} changes the output, but the output has no gradient at them; call decompose outside of "

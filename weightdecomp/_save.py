@@ -98,8 +98,7 @@ def _assembled(
     parts = {}
     for entry in document["sites"]:
         values = [
-            tensors[f"{entry['path']}|{name}"].to(device)
-            for name in ("v", "u", "owner", "thresholds", "frequencies")
+            tensors[f"{entry['path']}|{name}"].to(device) for name in ("v", "u", "owner", "thresholds", "frequencies")
         ]
         parts[entry["path"]] = Parts(Pieces(*values[:3]), values[3], values[4], entry["start"])
     outcome = dict(document["outcome"])

@@ -53,7 +53,9 @@ def svd_start(reach: Reach) -> Pieces:
 
 def row_start(reach: Reach) -> Pieces:
     """One piece an output coordinate (a neuron before its nonlinearity)."""
-    return reach.lifted(reach.weight, torch.eye(len(reach.weight), dtype=reach.weight.dtype, device=reach.weight.device))
+    return reach.lifted(
+        reach.weight, torch.eye(len(reach.weight), dtype=reach.weight.dtype, device=reach.weight.device)
+    )
 
 
 def column_start(reach: Reach, matrix: Float[Tensor, "d_out d_in"]) -> Pieces:

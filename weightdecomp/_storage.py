@@ -83,16 +83,12 @@ def read(directory: Path, kind: str) -> Artefact:
     content = _content(directory, kind)
     file = _tensor_file(directory, kind, content["tensors"]["sha256"])
     if not file.exists():
-        raise ValueError(
-            f"'{file}' is missing: the {kind} in '{directory}' is incomplete; restore it or start anew"
-        )
+        raise ValueError(f"'{file}' is missing: the {kind} in '{directory}' is incomplete; restore it or start anew")
     data = file.read_bytes()
-    if data.startswith(_PICKLES):
+    if _looks_pickled(data):
         raise ValueError(f"'{file}' is a pickle, expected safetensors; nothing is ever unpickled")
     if len(data) != content["tensors"]["bytes"]:
-        raise ValueError(
-            f"'{file}' has {len(data)} bytes, expected {content['tensors']['bytes']}: {_DAMAGED}"
-        )
+        raise ValueError(f"'{file}' has {len(data)} bytes, expected {content['tensors']['bytes']}: {_DAMAGED}")
     if hashlib.sha256(data).hexdigest() != content["tensors"]["sha256"]:
         raise ValueError(f"'{file}' was altered after it was written: {_DAMAGED}")
     try:
@@ -122,9 +118,7 @@ def check_vacant(directory: Path, kind: str) -> None:
         try:
             _content(directory, kind)
         except ValueError as error:
-            raise ValueError(
-                f"will not replace what is in '{directory}': {error}; move it away first"
-            ) from error
+            raise ValueError(f"will not replace what is in '{directory}': {error}; move it away first") from error
     elif others := sorted(set(_names(directory)) - {path.name for path in _leftovers(directory, kind)}):
         more = f" and {len(others) - 1} more" if len(others) > 1 else ""
         raise ValueError(
@@ -145,8 +139,8 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     if not path.exists():
         raise ValueError(f"there is no file '{path}'{_nearest(path)}")
     with path.open("rb") as stream:
-        start = stream.read(2)
-    if start.startswith(_PICKLES):
+        start = stream.read(9)
+    if _looks_pickled(start):
         raise ValueError(_is_pickle(path))
     try:
         return safetensors.torch.load_file(path)
@@ -237,9 +231,7 @@ def _content(directory: Path, kind: str) -> dict[str, Any]:
     path = _manifest(directory, kind)
     if not path.exists():
         others = sorted(name.removesuffix(".json") for name in _names(directory) if name.endswith(".json"))
-        raise ValueError(
-            f"'{directory}' holds no {kind}: there is no '{path.name}'; it holds {others or 'none'}"
-        )
+        raise ValueError(f"'{directory}' holds no {kind}: there is no '{path.name}'; it holds {others or 'none'}")
     data = path.read_bytes()
     if data.startswith(_PICKLES):
         raise ValueError(f"'{path}' is a pickle, expected JSON; nothing is ever unpickled")
@@ -254,9 +246,7 @@ def _content(directory: Path, kind: str) -> dict[str, Any]:
 def _check_content(content: Any, path: Path, kind: str) -> None:
     """Refuse a JSON of another format or kind, with unknown or missing keys, or that was altered."""
     if not isinstance(content, dict) or type(content.get("format")) is not int or content["format"] < 1:
-        raise ValueError(
-            f"'{path}' is no artefact of weightdecomp, which starts with a format number: {_DAMAGED}"
-        )
+        raise ValueError(f"'{path}' is no artefact of weightdecomp, which starts with a format number: {_DAMAGED}")
     if content["format"] > _FORMAT:
         raise ValueError(
             f"'{path}' has format {content['format']}, this version of weightdecomp reads up to {_FORMAT}: "
@@ -285,11 +275,7 @@ def _nearest(path: Path) -> str:
     parent = next(parent for parent in full.parents if parent.is_dir())
     missing = full.relative_to(parent).parts[0]
     close = get_close_matches(missing, _names(parent), n=3, cutoff=0.5)
-    return (
-        f"; did you mean one of {[str(parent / name) for name in close]}?"
-        if close
-        else f" ('{parent}' has none)"
-    )
+    return f"; did you mean one of {[str(parent / name) for name in close]}?" if close else f" ('{parent}' has none)"
 
 
 def _not_a_directory(path: Path, kind: str) -> str:
@@ -300,6 +286,11 @@ def _not_a_directory(path: Path, kind: str) -> str:
         pickled = stream.read(2).startswith(_PICKLES)
     never = "; it is a pickle, and nothing is ever unpickled" if pickled else ""
     return f"'{path}' is a file, expected the directory that a {kind} was saved to{never}"
+
+
+def _looks_pickled(start: bytes) -> bool:
+    """Whether a file's first bytes are a pickle's; a safetensors header may begin with any, and has its brace ninth."""
+    return start.startswith(_PICKLES) and start[8:9] != b"{"
 
 
 def _is_pickle(path: Path) -> str:

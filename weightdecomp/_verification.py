@@ -9,8 +9,7 @@ from weightdecomp._ledger import Ledger
 from weightdecomp._regimes import Figure, Ladder
 
 _EVIDENCE = (
-    "exact: for these inputs; estimate: sampled; counterexample: the worst case is at least this; "
-    "bound: at most this"
+    "exact: for these inputs; estimate: sampled; counterexample: the worst case is at least this; bound: at most this"
 )
 
 
@@ -145,8 +144,7 @@ def _table(rows: Sequence[Sequence[str]], texts: Sequence[int] = (0,)) -> str:
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = [
         "  ".join(
-            cell.ljust(w) if i in texts else cell.rjust(w)
-            for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+            cell.ljust(w) if i in texts else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
         )
         for row in rows
     ]

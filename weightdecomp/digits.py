@@ -27,9 +27,7 @@ class DigitClassifier(nn.Module):
     def __init__(self, d_hidden: int = 32, *, dtype: torch.dtype = torch.float32):
         super().__init__()
         widths = [64, d_hidden, d_hidden, 10]
-        layers = [
-            nn.Linear(d_in, d_out, dtype=dtype) for d_in, d_out in zip(widths, widths[1:], strict=False)
-        ]
+        layers = [nn.Linear(d_in, d_out, dtype=dtype) for d_in, d_out in zip(widths, widths[1:], strict=False)]
         self.layers = nn.ModuleList(layers)
 
     def forward(self, pixels: Float[Tensor, "*batch 64"]) -> Float[Tensor, "*batch 10"]:
