@@ -87,14 +87,14 @@ def test_a_tolerance_outside_its_range_is_refused(tolerance: float):
 @pytest.mark.parametrize(
     "setting, value, message",
     [
-        ("capacity", 0.5, "capacity must be at least 1, got 0.5"),
-        ("steps", -1, "steps must be at least 0, got -1"),
-        ("batch", 0, "batch must be at least 1, got 0"),
-        ("sample", 0, "sample must be at least 1, got 0"),
-        ("rounds", 0, "rounds must be at least 1, got 0"),
+        ("capacity", 0.5, "capacity must be at least 1 and finite, got 0.5"),
+        ("steps", -1, "steps must be at least 0 and finite, got -1"),
+        ("batch", 0, "batch must be at least 1 and finite, got 0"),
+        ("sample", 0, "sample must be at least 1 and finite, got 0"),
+        ("rounds", 0, "rounds must be at least 1 and finite, got 0"),
         ("rate", 0.0, "rate must be positive and finite, got 0.0"),
         ("adversarial", 1.5, r"adversarial must be in \[0, 1\], got 1.5"),
-        ("capacity", math.nan, "capacity must be at least 1, got nan"),
+        ("capacity", math.nan, "capacity must be at least 1 and finite, got nan"),
         ("rate", math.inf, "rate must be positive and finite, got inf"),
     ],
 )
@@ -200,10 +200,15 @@ def test_a_model_that_returns_no_tensor_is_refused():
         decompose(nn.Sequential(mlp(), Calls(lambda m, x: "positive")).eval())
 
 
-@pytest.mark.parametrize("last", [torch.no_grad()(torch.relu), lambda x: x.argmax(-1)], ids=["no_grad", "argmax"])
+def test_a_model_that_returns_its_decision_is_refused():
+    with pytest.raises(ValueError, match="the model's output is torch.int64, expected floating point; .* argmax"):
+        decompose(nn.Sequential(mlp(), Calls(lambda m, x: x.argmax(-1))).eval())
+
+
+@pytest.mark.parametrize("last", [torch.no_grad()(torch.relu), torch.round], ids=["no_grad", "round"])
 def test_a_model_without_gradients_is_refused(last: Callable[[Tensor], Tensor]):
     with pytest.raises(ValueError, match="the output has no gradient at them; .* out of the model's forward"):
-        decompose(nn.Sequential(mlp(), Calls(lambda m, x: last(x))).eval())
+        decompose(nn.Sequential(mlp(), Calls(lambda m, x: last(4 * x))).eval())
 
 
 def test_inference_mode_is_refused():
@@ -255,12 +260,13 @@ def test_a_constant_weight_is_decomposed(value: float, quick: None):
     decomposition = decompose(nn.Sequential(layer, nn.ReLU(), nn.Linear(3, 2)).eval())
 
     keep = {path: torch.ones(parts.pieces.n) for path, parts in decomposition.parts.items()}
-    torch.testing.assert_close(decomposition.ablate(X, keep), decomposition.target(X), rtol=1e-5, atol=1e-5)
+    output = decomposition.ablate(X, keep, remainder=True)
+    torch.testing.assert_close(output, decomposition.target(X), rtol=1e-5, atol=1e-5)
 
 
 def test_a_pattern_without_a_site_is_refused():
     with pytest.raises(
-        ValueError, match=r"sites: no decomposable module at 'layers.\*'; did you mean one of \['0', '2'\]"
+        ValueError, match=r"sites: no decomposable module at 'layers.\*'; did you mean one of \['2', '0'\]"
     ):
         decompose(mlp(), sites=["layers.*"])
 

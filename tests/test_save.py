@@ -117,7 +117,7 @@ def test_unknown_settings_are_refused_by_name(decomposed: wd.Decomposition, copi
 def test_settings_out_of_range_are_refused(decomposed: wd.Decomposition, copied: Path):
     altered(copied, {"config": decomposed.config.to_dict() | {"capacity": 0.5}})
 
-    with pytest.raises(ValueError, match="capacity must be at least 1, got 0.5"):
+    with pytest.raises(ValueError, match="capacity must be at least 1 and finite, got 0.5"):
         wd.load(copied, mlp())
 
 

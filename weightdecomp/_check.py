@@ -68,6 +68,11 @@ def check_model(model: nn.Module, batch: Batch) -> Any:
             "the model fails on the first input of the first batch alone",
             "the first axis of every tensor must count inputs",
         )
+    if not first.is_floating_point():
+        raise ValueError(
+            f"the model's output is {first.dtype}, expected floating point; wrap the model to return its scores, "
+            "before any rounding or argmax"
+        )
     if not torch.isfinite(first).all():
         raise ValueError("the model's output on the first batch contains NaN or infinity; check the inputs' scale")
     if not torch.equal(first, second):

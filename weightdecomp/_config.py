@@ -1,5 +1,6 @@
 """Settings of a run; the defaults serve every task."""
 
+import math
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
@@ -30,10 +31,10 @@ class Config:
         """Refuse values that no run can use."""
         for name, least in (("steps", 0), ("batch", 1), ("sample", 1), ("capacity", 1), ("rounds", 1)):
             value = getattr(self, name)
-            if value < least:
-                raise ValueError(f"{name} must be at least {least}, got {value}")
-        if not self.rate > 0:
-            raise ValueError(f"rate must be positive, got {self.rate}")
+            if not least <= value < math.inf:  # which nan is not either
+                raise ValueError(f"{name} must be at least {least} and finite, got {value}")
+        if not 0 < self.rate < math.inf:
+            raise ValueError(f"rate must be positive and finite, got {self.rate}")
         if not 0 <= self.adversarial <= 1:
             raise ValueError(f"adversarial must be in [0, 1], got {self.adversarial}")
 

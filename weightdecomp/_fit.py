@@ -25,7 +25,7 @@ _SCOUT = (6, 2, 1024)  # steps, restarts and inputs of the attack inside the bis
 REVIEW = (20, 3, 2048)  # and of the attack, on held-out inputs, that a result must withstand
 _CLOSE = 1.1  # starts from exemplars within this factor of the fewest bits are told apart by the fall of density
 _NEAR = 4.0  # factor around a known price within which the next one is sought
-_SHARE = 0.75  # share of the tolerance aimed at, so that longer attacks on other inputs still meet it
+_SHARE = 0.85  # share of the tolerance aimed at, so that longer attacks on other inputs still meet it
 
 
 class Start(NamedTuple):
@@ -177,14 +177,17 @@ class Gatekeeper:
         limit, found = _SHARE * self.tolerance, None
         for _ in range(4):
             best = self._affordable(limit, near)
-            damage = self._damage(best, self.reviewed)
-            found = Gated(*self._opened(best), best, damage, self._ledger(best))
-            if damage <= _SHARE * self.tolerance:
+            found = self.at(best)
+            if found.damage <= self.tolerance:
                 break
-            limit *= _SHARE * self.tolerance / damage
+            limit *= _SHARE * self.tolerance / found.damage
             near = best
         assert found is not None
         return found
+
+    def at(self, price: float) -> Gated:
+        """The gates of a known price, with their damage and their bits."""
+        return Gated(*self._opened(price), price, self._damage(price, self.reviewed), self._ledger(price))
 
     def _affordable(self, limit: float, near: float | None) -> float:
         def damage(price: float) -> float:
