@@ -34,7 +34,7 @@ def rng() -> torch.Generator:
 
 
 @pytest.fixture
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+def short(monkeypatch: pytest.MonkeyPatch) -> None:
     """Short attacks and one null, for runs that are not asked how good their result is."""
     from weightdecomp import _fit, _null
 
@@ -42,6 +42,14 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_fit, "_SCOUT", (2, *_fit._SCOUT[1:]))
     monkeypatch.setattr(_fit, "_ROUNDS", 4)
     monkeypatch.setattr(_null, "_DRAWS", 1)
+
+
+@pytest.fixture
+def quick(short: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same without a null."""
+    from weightdecomp import _decompose
+
+    monkeypatch.setattr(_decompose, "null_effort", lambda *_: 1.0)
 
 
 @pytest.fixture(scope="session")

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from weightdecomp import Config
 
-QUICK = Config(steps=4, sample=64, batch=16, rounds=2)  # enough to run every part of a run once
+QUICK = Config(steps=4, sample=64, batch=16, rounds=2, capacity=2.0)  # enough to run every part of a run once
 
 
 class Calls(nn.Module):

@@ -351,6 +351,19 @@ def test_a_site_without_effect_is_decomposed_and_never_active(forward, quick: No
     assert decomposition.importances(sparse(64, 5))["a"].any()
 
 
+def test_held_out_inputs_on_which_nothing_matters_are_no_obstacle(quick: None):
+    """The last quarter of the inputs is held out; here the sites do nothing there, so that no damage is a share."""
+    model = seeded(
+        Calls(lambda m, x: m.b(F.relu(m.a(x))), a=nn.Linear(5, 6, bias=False), b=nn.Linear(6, 3, bias=False))
+    )
+    inputs = sparse(64, 5)
+    inputs[48:] = 0
+
+    decomposition = wd.decompose(model, [inputs], config=QUICK, progress=False)
+
+    assert decomposition.outcome.damage == 0
+
+
 def test_the_sites_of_a_decomposition_are_those_of_its_target(decomposed: wd.Decomposition):
     assert [site.module for site in decomposed.sites] == [decomposed.target[0], decomposed.target[2]]
     assert all(isinstance(site, Site) for site in decomposed.sites)

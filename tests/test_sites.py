@@ -89,7 +89,7 @@ def test_a_mask_scales_its_component_of_the_weight(name: str):
 
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.filterwarnings("ignore::weightdecomp.NumericalWarning")
-def test_every_kind_of_target_is_decomposed_from_end_to_end(name: str, quick: None):
+def test_every_kind_of_target_is_decomposed_from_end_to_end(name: str, short: None):
     """F1: with all components on, and the remainder, the decomposition is the target."""
     target = case(name)
 
@@ -107,7 +107,7 @@ def test_every_kind_of_target_is_decomposed_from_end_to_end(name: str, quick: No
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
 @pytest.mark.filterwarnings("ignore::weightdecomp.NumericalWarning")
-def test_every_dtype_is_decomposed_from_end_to_end(dtype: torch.dtype, quick: None):
+def test_every_dtype_is_decomposed_from_end_to_end(dtype: torch.dtype, short: None):
     """F1, with components in float32 for half precision targets."""
     target = case("conv2d", dtype)
 

@@ -165,18 +165,17 @@ def _start(
     """The start of one site, from the checkpoint where it is there already."""
     bar.now(f"start of {site.path or 'the model'}")
     prefix = f"start|{site.path}|"
-    known = saved.under(prefix)
-    if known:
-        values = {name: x.to(site.weight.device) for name, x in known.items()}
-        pieces = Pieces(values["v"], values["u"], values["owner"])
-        name, bits = saved.document["starts"][site.path]
-        reach = {name: values[name] for name in ("basis", "power")}
-        return Start(name, pieces, frame(**reach, matrix=site.matrix(), pieces=pieces), bits, reach)
-    start = chosen_start(model, sample, site, divergence, tolerance, config)
-    found = {**start.pieces._asdict(), **start.reach}
-    names = {**saved.document.get("starts", {}), site.path: [start.name, start.bits]}
-    saved.keep({prefix + name: x for name, x in found.items()}, {"starts": names})
-    return start
+    if not saved.under(prefix):
+        start = chosen_start(model, sample, site, divergence, tolerance, config)
+        names = {**saved.document.get("starts", {}), site.path: [start.name, start.bits]}
+        # Contiguous as when read back from disk, since sums over another layout round differently (R1).
+        found = {name: x.contiguous() for name, x in {**start.pieces._asdict(), **start.reach}.items()}
+        saved.keep({prefix + name: x for name, x in found.items()}, {"starts": names})
+    values = {name: x.to(site.weight.device) for name, x in saved.under(prefix).items()}
+    pieces = Pieces(values["v"], values["u"], values["owner"])
+    name, bits = saved.document["starts"][site.path]
+    reach = {name: values[name] for name in ("basis", "power")}
+    return Start(name, pieces, frame(**reach, matrix=site.matrix(), pieces=pieces), bits, reach)
 
 
 def _parts(pieces: Mapping[str, Pieces], gated: Gated, names: Mapping[str, str]) -> dict[str, Parts]:

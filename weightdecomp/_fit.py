@@ -166,7 +166,9 @@ class Gatekeeper:
         nothing = ablated_entirely(
             self.ablation.model, select(batch, index), self.ablation.sites, self.ablation.divergence, record.output
         )
-        return Attacked(select(batch, index), record.output, sizes, float(nothing.mean()), attack)
+        # Few inputs may be ones on which nothing matters; damage is then a share of what it is on the others.
+        scale = float(nothing.mean()) or self.sample.nothing
+        return Attacked(select(batch, index), record.output, sizes, scale, attack)
 
     def gates(self, near: float | None = None) -> Gated:
         """Bisect the price under a short attack; where a longer one does more damage, aim lower.

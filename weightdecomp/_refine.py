@@ -162,8 +162,7 @@ class Refiner:
 
     def detached(self) -> dict[str, Pieces]:
         """The components as they are now, as plain tensors that later steps leave alone."""
-        found = self.pieces()
-        return {path: Pieces(own.v.detach().clone(), own.u.detach().clone(), own.owner) for path, own in found.items()}
+        return {path: Pieces(_plain(own.v), _plain(own.u), own.owner) for path, own in self.pieces().items()}
 
     def step(self, batch: Batch, thresholds: Mapping[str, Tensor], step: int, price: float) -> Terms:
         """One gradient step on one batch, one ascent step of the adversary, and back to the exact sum."""
@@ -285,6 +284,11 @@ def _leaves(pieces: Pieces) -> Pieces:
     """Copies that gradients can be taken of, apart from the pieces that a rejected round falls back to."""
     v, u = (x.detach().clone().requires_grad_() for x in pieces[:2])
     return Pieces(v, u, pieces.owner)
+
+
+def _plain(x: Tensor) -> Tensor:
+    """A contiguous copy, as a checkpoint gives it back: sums over another layout round differently (R1)."""
+    return x.detach().clone(memory_format=torch.contiguous_format)
 
 
 def _size(x: Tensor) -> float:
