@@ -32,7 +32,7 @@ class Progress:
 
     def step(self, step: int, terms: dict[str, float]) -> None:
         """Count a refinement step and pass its terms on."""
-        self.bar.set_description_str("refining")
+        self.bar.set_description_str("refining", refresh=False)
         self.bar.set_postfix_str(" ".join(f"{name} {value:.3g}" for name, value in terms.items()), refresh=False)
         self.bar.update()
         if self.on_step is not None:

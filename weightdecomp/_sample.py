@@ -15,7 +15,7 @@ from weightdecomp._forward import Record, masked, recorded
 from weightdecomp._pieces import Pieces
 from weightdecomp._sites import Site
 
-_MOST_ROWS = 16_384  # rows that a site's reach and exemplars are taken from
+_MOST_ROWS = 32_768  # rows that a site's reach and exemplars are taken from
 _MOST_HELD = 2048  # inputs held out
 _MOST_NUMBERS = 1 << 26  # and at most so many numbers, for wide sites
 

@@ -93,12 +93,29 @@ def exemplars(rows: Float[Tensor, "row d"], effects: Float[Tensor, " row"], most
     if not effects.any():
         return []
     weight = (effects / effects.mean()).clamp_max(1)
-    kept = (weight > _LEAST_WEIGHT).nonzero()[:_SAMPLE, 0]
-    rows, weight = rows[kept], weight[kept]
-    unit = rows / rows.norm(dim=1, keepdim=True)
-    cosines = (unit @ unit.T).abs_()
-    found = [_densest(unit, weight, cosines, agreement, most) for agreement in _AGREEMENTS]
-    return [one for one in found if one is not None]
+    kept = weight > _LEAST_WEIGHT
+    unit, weight = torch.nn.functional.normalize(rows[kept]), weight[kept]
+    some = unit[:_SAMPLE]
+    cosines = (some @ some.T).abs_()
+    found = {agreement: _densest(some, weight[:_SAMPLE], cosines, agreement, most) for agreement in _AGREEMENTS}
+    return [_ranked(unit, weight, *one) for one in found.items() if len(one[1]) > 1]
+
+
+def _ranked(
+    unit: Float[Tensor, "row d"],
+    weight: Float[Tensor, " row"],
+    agreement: float,
+    directions: Float[Tensor, "exemplar d"],
+) -> Exemplars:
+    """Order directions by the density of all rows, each at its nearest, and see where it falls."""
+    cosine, nearest = (unit @ directions.T).abs().max(1)
+    weight = weight.where(cosine > agreement, 0)
+    density = torch.zeros_like(directions[:, 0]).index_add_(0, nearest, weight)
+    density, order = density.sort(descending=True)
+    falls = density / torch.cat([density[1:], density.new_zeros(1)]).clamp_min(_LEAST_COUNT)
+    steepest = falls[1:].topk(min(_CUTS, len(falls) - 1))
+    cuts = {int(i) + 2: float(fall) for fall, i in zip(*steepest, strict=True)}
+    return Exemplars(agreement, directions[order], cuts)
 
 
 def _densest(
@@ -107,27 +124,22 @@ def _densest(
     cosines: Float[Tensor, "row row"],
     agreement: float,
     most: int,
-) -> Exemplars | None:
+) -> Float[Tensor, "exemplar d"]:
+    """Directions that rows agree on, densest first."""
     near = cosines > agreement
     left = torch.ones(len(unit), dtype=torch.bool, device=unit.device)
     density = near.to(unit.dtype) @ weight
-    counts, found = [], []
+    found = list[Tensor]()
     while len(found) < most:
         centre = int(torch.where(left, density, 0).argmax())
         if not left[centre] or density[centre] < _LEAST_COUNT:
             break
-        counts.append(float(density[centre]))
         found.append(_mode(unit[near[centre] & left][:_CONE]))
         taken = left & ((unit @ found[-1]).abs() > agreement)
         taken[centre] = True
         left &= ~taken
         density -= weight[taken] @ near[taken].to(unit.dtype)
-    if len(found) < 2:
-        return None
-    falls = torch.tensor(counts) / torch.tensor([*counts[1:], _LEAST_COUNT])
-    steepest = falls[1:].topk(min(_CUTS, len(falls) - 1))
-    cuts = {int(i) + 2: float(fall) for fall, i in zip(*steepest, strict=True)}
-    return Exemplars(agreement, torch.stack(found), cuts)
+    return torch.stack(found) if found else unit[:0]
 
 
 def _mode(unit: Float[Tensor, "row d"]) -> Float[Tensor, " d"]:
@@ -137,7 +149,7 @@ def _mode(unit: Float[Tensor, "row d"]) -> Float[Tensor, " d"]:
     least = max(_LEAST_COUNT, len(unit) // 4)
     member, inside = 0, torch.ones(len(unit), dtype=torch.bool, device=unit.device)
     while gap > 1e-7:
-        counts = (cosines > 1 - gap).sum(1)
+        counts = (cosines > 1 - gap).sum(1, dtype=torch.int32)
         if int(counts.max()) < least:
             break
         member = int(counts.argmax())
