@@ -23,8 +23,9 @@ from weightdecomp import Config
 from weightdecomp._attack import Ablation
 from weightdecomp._divergence import choose
 from weightdecomp._forward import recorded
+from weightdecomp._frame import frame
 from weightdecomp._pieces import Pieces
-from weightdecomp._refine import Refiner, frame
+from weightdecomp._refine import Refiner
 from weightdecomp._sample import ablated_entirely
 from weightdecomp._sites import find_sites
 from weightdecomp._starts import Reach
@@ -122,7 +123,7 @@ def step_of(case: Case) -> tuple[Callable[[], Any], Refiner]:
         operands = record.operands[site.path][0]
         reach = Reach(site.matrix(), site.vectors(operands).flatten(0, -2))
         own = pieces[site.path] = random_pieces(reach, case.width, rng)
-        frames[site.path] = frame(reach.basis, reach.power, site.matrix(), own)
+        frames[site.path] = frame(reach.basis, reach.power, reach.weight[:0], site.matrix(), own)
         sizes = own.activations(site.read(operands, own.v)).abs().flatten(0, -2)
         # One gate in ten is open.
         thresholds[site.path] = sizes.kthvalue(max(1, int(0.9 * len(sizes))), 0).values.repeat(2, 1)

@@ -12,9 +12,9 @@ from tests.models import QUICK, drawn, mlp, sparse
 from weightdecomp import _rounds
 from weightdecomp._attack import Ablation
 from weightdecomp._divergence import choose
+from weightdecomp._frame import frame
 from weightdecomp._gate import gated
-from weightdecomp._pieces import rank_one_pieces
-from weightdecomp._refine import Refiner, Terms, exact, frame
+from weightdecomp._refine import Refiner, Terms
 from weightdecomp._sites import find_sites
 from weightdecomp._starts import Reach, column_start, row_start, svd_start
 
@@ -31,7 +31,7 @@ def refiner(start: str, dtype: torch.dtype) -> tuple[Refiner, nn.Module, Tensor]
             reach = Reach(site.matrix(), rows)
             found = {"svd": svd_start(reach), "rows": row_start(reach), "columns": column_start(reach, site.matrix())}
             pieces[site.path] = found[start]
-            frames[site.path] = frame(reach.basis, reach.power, site.matrix(), pieces[site.path])
+            frames[site.path] = frame(reach.basis, reach.power, reach.weight[:0], site.matrix(), pieces[site.path])
     ablation = Ablation(model, sites, pieces, choose("mse", x, False), {})
     config = wd.Config(steps=20, rate=0.1)
     return Refiner(ablation, frames, 1.0, config, torch.Generator().manual_seed(0)), model, x
@@ -59,36 +59,6 @@ def test_components_sum_to_the_weights_after_every_step(start: str, dtype: torch
             assert float(error.norm() / (weight @ on_inputs).norm()) < EXACT[dtype]
     moved = [float((state.detached()[path].weight(0) - before[path].weight(0)).norm()) for path in before]
     assert min(moved) > 1e-3
-
-
-@given(
-    n=st.integers(1, 8),
-    d_in=st.integers(1, 5),
-    d_out=st.integers(1, 5),
-    move_v=st.booleans(),
-    seed=st.integers(0, 2**16),
-)
-@settings(max_examples=50)
-def test_pieces_that_span_the_weights_are_made_exact(n: int, d_in: int, d_out: int, move_v: bool, seed: int):
-    """F1. Twice as many pieces as needed, so that they are well away from not spanning."""
-    pieces = rank_one_pieces(
-        drawn(2 * max(d_in, d_out) + n, d_in, seed=seed), drawn(2 * max(d_in, d_out) + n, d_out, seed=seed + 1)
-    )
-    weight = drawn(d_out, d_in, seed=seed + 2)
-
-    fixed = exact(pieces, weight, move_v)
-
-    assert_close(fixed.total(), weight, rtol=0, atol=1e-9)
-    assert_close(fixed.u if move_v else fixed.v, pieces.u if move_v else pieces.v, rtol=0, atol=0)
-
-
-def test_the_correction_is_the_smallest_there_is():
-    pieces, weight = rank_one_pieces(drawn(9, 4), drawn(9, 3, seed=2)), drawn(3, 4, seed=3)
-
-    change = exact(pieces, weight, move_v=True).v - pieces.v
-
-    expected = torch.linalg.pinv(pieces.u.T) @ (weight - pieces.total())
-    assert_close(change, expected, rtol=1e-6, atol=1e-8)
 
 
 def test_kept_components_stay_as_they_were_while_the_refinement_goes_on():
@@ -206,21 +176,6 @@ def test_gradients_of_soft_gates_are_those_of_the_definition(shape: list[int], n
     reference = ((1 - g[:attacked]) * own * by_mask[:attacked]).sum()
     expected = torch.autograd.grad(reference, leaf)[0] if attacked else torch.zeros_like(pool)
     assert_close(by_pool, expected)
-
-
-@pytest.mark.parametrize("move_v", [True, False])
-def test_the_gradient_of_the_correction_is_that_of_the_formula(move_v: bool):
-    """The hand-written backward pass against autograd through the pseudo-inverse."""
-    v, u, weight = drawn(7, 4).requires_grad_(), drawn(7, 3, seed=2).requires_grad_(), drawn(3, 4, seed=3)
-    by = [drawn(7, 4, seed=4), drawn(7, 3, seed=5)]
-
-    fixed = exact(rank_one_pieces(v, u), weight, move_v)
-    found = torch.autograd.grad((fixed.v * by[0]).sum() + (fixed.u * by[1]).sum(), [v, u])
-
-    missing = weight - u.T @ v
-    slow = (v + torch.linalg.pinv(u.T) @ missing, u) if move_v else (v, u + torch.linalg.pinv(v.T) @ missing.T)
-    expected = torch.autograd.grad((slow[0] * by[0]).sum() + (slow[1] * by[1]).sum(), [v, u])
-    assert_close(found, expected, rtol=1e-6, atol=1e-8)
 
 
 def test_every_step_reports_every_term(quick: None, monkeypatch: pytest.MonkeyPatch):

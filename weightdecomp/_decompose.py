@@ -31,11 +31,11 @@ from weightdecomp._config import Config
 from weightdecomp._decomposition import Decomposition, Outcome, Parts
 from weightdecomp._divergence import Divergence, choose
 from weightdecomp._fit import REVIEW, Gated, Start, chosen_start, frequencies
+from weightdecomp._frame import frame
 from weightdecomp._ledger import value_bits
 from weightdecomp._null import effort, null_effort
 from weightdecomp._pieces import Pieces
 from weightdecomp._progress import Progress
-from weightdecomp._refine import frame
 from weightdecomp._rounds import refined
 from weightdecomp._sample import Sample, taken
 from weightdecomp._sites import Site, find_sites
@@ -169,13 +169,13 @@ def _start(
         start = chosen_start(model, sample, site, divergence, tolerance, config)
         names = {**saved.document.get("starts", {}), site.path: [start.name, start.bits]}
         # Contiguous as when read back from disk, since sums over another layout round differently (R1).
-        found = {name: x.contiguous() for name, x in {**start.pieces._asdict(), **start.reach}.items()}
+        found = {name: x.contiguous() for name, x in {**start.pieces._asdict(), **start.origin}.items()}
         saved.keep({prefix + name: x for name, x in found.items()}, {"starts": names})
     values = {name: x.to(site.weight.device) for name, x in saved.under(prefix).items()}
     pieces = Pieces(values["v"], values["u"], values["owner"])
     name, bits = saved.document["starts"][site.path]
-    reach = {name: values[name] for name in ("basis", "power")}
-    return Start(name, pieces, frame(**reach, matrix=site.matrix(), pieces=pieces), bits, reach)
+    origin = {name: values[name] for name in ("basis", "power", "exemplars")}
+    return Start(name, pieces, frame(**origin, matrix=site.matrix(), pieces=pieces), bits, origin)
 
 
 def _parts(pieces: Mapping[str, Pieces], gated: Gated, names: Mapping[str, str]) -> dict[str, Parts]:
@@ -204,5 +204,5 @@ def _outcome(
 
 
 def _rank(start: Start) -> int:
-    sizes = torch.linalg.svdvals(start.frame.weight)
+    sizes = torch.linalg.svdvals(start.pieces.total())
     return int((sizes > 1e-6 * sizes[0]).sum())

@@ -13,9 +13,9 @@ from weightdecomp._config import Config
 from weightdecomp._divergence import Divergence
 from weightdecomp._effects import Trade, effects, highest_price, opened
 from weightdecomp._forward import Masks, inner_activations, masked, recorded
+from weightdecomp._frame import Frame, frame
 from weightdecomp._ledger import Ledger, price
 from weightdecomp._pieces import Pieces
-from weightdecomp._refine import Frame, frame
 from weightdecomp._sample import Sample, ablated_entirely, site_rows
 from weightdecomp._sites import Site
 from weightdecomp._starts import Reach, exemplar_start, exemplars, plain_starts
@@ -36,14 +36,14 @@ class Start(NamedTuple):
         pieces: Its components.
         frame: Where they may move.
         bits: Bits per input of every member, cheapest first.
-        reach: Basis of the site's inputs and their power along it, from which the frame was made.
+        origin: What the frame was made from: the basis of the site's inputs, their power along it, and the exemplars.
     """
 
     name: str
     pieces: Pieces
     frame: Frame
     bits: dict[str, float]
-    reach: dict[str, Tensor]
+    origin: dict[str, Tensor]
 
 
 class Gated(NamedTuple):
@@ -74,10 +74,12 @@ def chosen_start(
     reach = Reach(matrix, rows)
     most = max(2, int(config.capacity * min(matrix.shape)))
     portfolio, falls = plain_starts(matrix, reach, most), dict[str, float]()
+    answered = {}
     for family in exemplars(rows @ reach.basis, hits, most):
         for n, fall in family.cuts.items():
             name = f"exemplars {n} at {family.agreement}"
             portfolio[name] = exemplar_start(reach, family.directions[:n])
+            answered[name] = family.directions[:n]
             falls[name] = fall
     bits = {name: _bits_alone(model, sample, site, pieces, divergence, tolerance) for name, pieces in portfolio.items()}
     order = sorted(bits, key=lambda name: bits[name])
@@ -86,7 +88,9 @@ def chosen_start(
         # Bits hardly tell one exemplar more or less; where the density falls most, the mechanisms end.
         order.insert(0, order.pop(order.index(max(close, key=lambda name: falls[name]))))
     best = portfolio[order[0]]
-    found = {"basis": reach.basis, "power": reach.power}
+    none = reach.basis[:0, :]  # as for more exemplars than dimensions, which no piece can answer to alone
+    own = answered.get(order[0], none)
+    found = {"basis": reach.basis, "power": reach.power, "exemplars": own if len(own) <= len(reach.power) else none}
     return Start(order[0], best, frame(**found, matrix=matrix, pieces=best), {k: bits[k] for k in order}, found)
 
 

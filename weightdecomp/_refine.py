@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -13,111 +13,13 @@ from weightdecomp._attack import Ablation, Sources, ablated_divergence, drawn_so
 from weightdecomp._batches import Batch, size
 from weightdecomp._config import Config
 from weightdecomp._forward import Masks, Record, inner_activations, recorded
+from weightdecomp._frame import Frame
 from weightdecomp._gate import gated
 from weightdecomp._pieces import Pieces
 
 _POOL = 8  # source vectors that the adversary keeps, each shared by a part of the batch
 _ASCENT = 0.1  # sign step of the adversary, from the same gradient as the refinement
-_FLOOR = 1e-4  # least relative power of an input direction, so that hardly used ones do not run away
 _FRESH = 4  # every so many steps one source vector is drawn anew, so that the adversary keeps looking elsewhere
-
-
-def exact(pieces: Pieces, weight: Float[Tensor, "d_out d_in"], move_v: bool) -> Pieces:
-    """The nearest pieces that sum to the weight, moving only what they read (v) or only what they write (u).
-
-    A least-squares correction: where the u span the weight's columns (or the v its rows) the sum is exact to rounding.
-    """
-    missing = weight - pieces.total()
-    if move_v:
-        return pieces._replace(v=pieces.v + _least_squares(pieces.u, missing))
-    return pieces._replace(u=pieces.u + _least_squares(pieces.v, missing.T))
-
-
-def _least_squares(factor: Float[Tensor, "piece d"], missing: Float[Tensor, "d other"]) -> Tensor:
-    """The smallest change x with factor^T x = missing."""
-    return _LeastSquares.apply(factor, missing)
-
-
-class _LeastSquares(torch.autograd.Function):
-    """x = F (F^T F + ridge)^-1 M, whose backward pass uses the forward's factorisation once more."""
-
-    @staticmethod
-    def forward(ctx: Any, factor: Tensor, missing: Tensor) -> Tensor:
-        gram = factor.T @ factor
-        gram.diagonal().add_(torch.finfo(gram.dtype).eps * gram.diagonal().mean())
-        lower = torch.linalg.cholesky(gram)
-        inner = torch.cholesky_solve(missing, lower)
-        ctx.save_for_backward(factor, lower, inner)
-        return factor @ inner
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
-        (factor, lower, inner), grad = ctx.saved_tensors, grads[0]
-        by_missing = torch.cholesky_solve(factor.T @ grad, lower)
-        # d(gram) = -by_missing inner^T; that the ridge too depends on the factor is below rounding.
-        by_gram = by_missing @ inner.T
-        return grad @ inner.T - factor @ (by_gram + by_gram.T), by_missing
-
-
-def conditioning(factor: Float[Tensor, "piece d"]) -> float:
-    """Smallest over largest singular value of the span; 0 where the pieces cannot span the space."""
-    if factor.shape[0] < factor.shape[1]:
-        return 0.0
-    sizes = torch.linalg.svdvals(factor.detach())
-    return float(sizes[-1] / sizes[0].clamp_min(1e-30))
-
-
-class Frame(NamedTuple):
-    """Where one site's components may move: the span of its inputs and the side that keeps the sum exact.
-
-    Attributes:
-        basis: Columns that span the site's inputs, each as long as the inputs' root mean square along it, so that a
-            step of one size in any coordinate of a v changes activations by one size.
-        dual: The matching columns with basis^T dual = 1.
-        weight: W in that basis.
-        move_v: Whether exactness is restored by the v (else by the u).
-        columns: Orthonormal rows that span W's columns if the u must stay in them, else None.
-    """
-
-    basis: Float[Tensor, "d_in reach"]
-    dual: Float[Tensor, "d_in reach"]
-    weight: Float[Tensor, "d_out reach"]
-    move_v: bool
-    columns: Float[Tensor, "rank d_out"] | None
-
-    def reduced(self, pieces: Pieces) -> Pieces:
-        """The pieces with v in the basis."""
-        return pieces._replace(v=pieces.v @ self.basis)
-
-    def lifted(self, pieces: Pieces) -> Pieces:
-        """The pieces with v in the site's own coordinates."""
-        return pieces._replace(v=pieces.v @ self.dual.T)
-
-    def exact(self, pieces: Pieces) -> Pieces:
-        """Restore the exact sum after a step."""
-        if self.columns is not None:
-            pieces = pieces._replace(u=pieces.u @ self.columns.T @ self.columns)
-            inner = pieces._replace(u=pieces.u @ self.columns.T)
-            return pieces._replace(v=exact(inner, self.columns @ self.weight, True).v)
-        return exact(pieces, self.weight, self.move_v)
-
-
-def frame(
-    basis: Float[Tensor, "d_in reach"],
-    power: Float[Tensor, " reach"],
-    matrix: Float[Tensor, "d_out d_in"],
-    pieces: Pieces,
-) -> Frame:
-    """Scale the basis to the inputs and choose the side on which exactness is best conditioned."""
-    root = power.clamp_min(_FLOOR * power.max()).sqrt()
-    basis, dual = basis * root, basis / root
-    weight = matrix @ basis
-    by_v, by_u = conditioning(pieces.u), conditioning(pieces.v @ basis)
-    columns = None
-    if max(by_v, by_u) < 1e-4:
-        left, sizes, _ = torch.linalg.svd(weight, full_matrices=False)
-        columns = left[:, sizes > 1e-6 * sizes[0]].T
-    return Frame(basis, dual, weight, by_v >= by_u or columns is not None, columns)
 
 
 class Terms(NamedTuple):
@@ -147,7 +49,8 @@ class Refiner:
         """Start from the ablation's pieces."""
         self.ablation, self.frames, self.config, self.rng = ablation, frames, config, rng
         self.nothing = nothing
-        self.reduced = {path: _leaves(frames[path].reduced(own)) for path, own in ablation.pieces.items()}
+        moving = {path: own for path, own in ablation.pieces.items() if frames[path].moves}
+        self.reduced = {path: _leaves(frames[path].reduced(own)) for path, own in moving.items()}
         self.factors = [x for own in self.reduced.values() for x in (own.v, own.u)]
         self.rates = [config.rate * _size(x) for x in self.factors]
         self.moments = [(torch.zeros_like(x), torch.zeros_like(x), torch.zeros(())) for x in self.factors]
@@ -158,7 +61,8 @@ class Refiner:
 
         The correction is part of what is differentiated, so that a step never spends itself on breaking the sum.
         """
-        return {path: self.frames[path].lifted(self.frames[path].exact(own)) for path, own in self.reduced.items()}
+        moved = {path: self.frames[path].lifted(self.frames[path].exact(own)) for path, own in self.reduced.items()}
+        return {**self.ablation.pieces, **moved}
 
     def detached(self) -> dict[str, Pieces]:
         """The components as they are now, as plain tensors that later steps leave alone."""

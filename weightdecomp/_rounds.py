@@ -11,9 +11,10 @@ from weightdecomp._batches import Batch, select, size, tensors
 from weightdecomp._checkpoint import Checkpoint
 from weightdecomp._config import Config
 from weightdecomp._fit import Gated, Gatekeeper
+from weightdecomp._frame import Frame
 from weightdecomp._pieces import Pieces
 from weightdecomp._progress import Progress
-from weightdecomp._refine import Frame, Refiner
+from weightdecomp._refine import Refiner
 from weightdecomp._sample import Sample
 
 _BETTER = 0.99  # a round must save at least one bit in a hundred to be kept
@@ -56,7 +57,7 @@ def refined(
     if first:
         refiner.restore(saved.under("refiner|"))
         thresholds, price = _on_device(saved.under("gates|"), thresholds), known["price"]
-    if known.get("finished"):
+    if known.get("finished") or not refiner.factors:
         first = config.steps
     bar.now("refining", first)
     per_round = max(1, math.ceil(config.steps / config.rounds))
