@@ -102,7 +102,7 @@ def test_exemplars_recover_planted_directions_that_are_not_orthogonal(seed: int)
     directions = torch.nn.functional.normalize(drawn(10, 6, seed=seed), dim=1)
     rows = planted(directions, 2000, 0.1, seed + 100)
 
-    found = exemplars(rows, rows.square().sum(1), most=48)
+    found = exemplars(rows, rows.square().mean(0), rows.square().sum(1), most=48)
 
     cosines = (found[0].directions[: min(found[0].cuts, key=lambda n: abs(n - 10))] @ directions.T).abs()
     assert cosines.shape == (10, 10)
@@ -115,7 +115,7 @@ def test_a_direction_that_the_output_ignores_is_no_exemplar():
     on = torch.arange(400) % 4
     rows = directions[on] * (1 + torch.rand(400, 1, generator=torch.Generator().manual_seed(0)).double())
 
-    found = exemplars(rows, (on != 3).double(), most=16)
+    found = exemplars(rows, rows.square().mean(0), (on != 3).double(), most=16)
 
     cosines = (found[0].directions @ directions.T).abs()
     assert (cosines[:, :3].amax(0) > 0.9999).all()
@@ -137,7 +137,7 @@ def test_an_exemplar_start_answers_to_its_own_direction_alone():
 
 
 def test_inputs_without_effect_have_no_exemplars():
-    assert exemplars(drawn(20, 3), torch.zeros(20).double(), most=8) == []
+    assert exemplars(drawn(20, 3), torch.ones(3).double(), torch.zeros(20).double(), most=8) == []
 
 
 def test_a_site_whose_inputs_are_zero_still_sums_to_its_weights():

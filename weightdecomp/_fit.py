@@ -23,7 +23,7 @@ from weightdecomp._starts import Reach, exemplar_start, exemplars, plain_starts
 _ROUNDS = 10  # bisections of the price
 _SCOUT = (6, 2, 1024)  # steps, restarts and inputs of the attack inside the bisection
 REVIEW = (20, 3, 2048)  # and of the attack, on held-out inputs, that a result must withstand
-_CLOSE = 1.1  # starts from exemplars within this factor of the fewest bits are told apart by the fall of density
+_FALL = 0.2  # how much the fall of density says beside bits: one by e is worth as much as a fifth fewer bits
 _NEAR = 4.0  # factor around a known price within which the next one is sought
 _SHARE = 0.85  # share of the tolerance aimed at, so that longer attacks on other inputs still meet it
 
@@ -35,7 +35,7 @@ class Start(NamedTuple):
         name: Which member of the portfolio.
         pieces: Its components.
         frame: Where they may move.
-        bits: Bits per input of every member, cheapest first.
+        bits: Bits per input of every member of the portfolio, cheapest first.
         origin: What the frame was made from: the basis of the site's inputs, their power along it, and the exemplars.
     """
 
@@ -73,25 +73,26 @@ def chosen_start(
     rows, hits = site_rows(model, sample, site, divergence)
     reach = Reach(matrix, rows)
     most = max(2, int(config.capacity * min(matrix.shape)))
-    portfolio, falls = plain_starts(matrix, reach, most), dict[str, float]()
-    answered = {}
-    for family in exemplars(rows @ reach.basis, hits, most):
+    portfolio, answered, falls = plain_starts(matrix, reach, most), dict[str, Tensor](), dict[str, float]()
+    for family in exemplars(rows @ reach.basis, reach.power, hits, most):
         for n, fall in family.cuts.items():
             name = f"exemplars {n} at {family.agreement}"
             portfolio[name] = exemplar_start(reach, family.directions[:n])
-            answered[name] = family.directions[:n]
-            falls[name] = fall
+            answered[name], falls[name] = family.directions[:n], fall
     bits = {name: _bits_alone(model, sample, site, pieces, divergence, tolerance) for name, pieces in portfolio.items()}
-    order = sorted(bits, key=lambda name: bits[name])
-    close = [name for name in order if name in falls and bits[name] <= _CLOSE * bits[order[0]]]
-    if order[0] in falls:
+    best = min(bits, key=lambda name: bits[name])
+    if best in falls:
         # Bits hardly tell one exemplar more or less; where the density falls most, the mechanisms end.
-        order.insert(0, order.pop(order.index(max(close, key=lambda name: falls[name]))))
-    best = portfolio[order[0]]
-    none = reach.basis[:0, :]  # as for more exemplars than dimensions, which no piece can answer to alone
-    own = answered.get(order[0], none)
-    found = {"basis": reach.basis, "power": reach.power, "exemplars": own if len(own) <= len(reach.power) else none}
-    return Start(order[0], best, frame(**found, matrix=matrix, pieces=best), {k: bits[k] for k in order}, found)
+        best = min(falls, key=lambda name: bits[name] / falls[name] ** _FALL)
+    own = answered[best] if best in answered else reach.weight[:0]
+    # More exemplars than dimensions cannot each have a component that answers to it alone.
+    origin = {
+        "basis": reach.basis,
+        "power": reach.power,
+        "exemplars": own if len(own) <= len(reach.power) else own[:0],
+    }
+    made = frame(**origin, matrix=matrix, pieces=portfolio[best])
+    return Start(best, portfolio[best], made, dict(sorted(bits.items(), key=lambda item: item[1])), origin)
 
 
 def _bits_alone(

@@ -77,7 +77,9 @@ class Exemplars(NamedTuple):
     cuts: dict[int, float]
 
 
-def exemplars(rows: Float[Tensor, "row d"], effects: Float[Tensor, " row"], most: int) -> list[Exemplars]:
+def exemplars(
+    rows: Float[Tensor, "row d"], power: Float[Tensor, " d"], effects: Float[Tensor, " row"], most: int
+) -> list[Exemplars]:
     """Find directions that many inputs share, one set for each agreement.
 
     Inputs that use one mechanism alone lie on its line exactly; inputs that use several lie scattered. So lines that
@@ -86,7 +88,8 @@ def exemplars(rows: Float[Tensor, "row d"], effects: Float[Tensor, " row"], most
     cone around its densest member.
 
     Args:
-        rows: Inputs of a site.
+        rows: Inputs of a site, in a basis in which their coordinates are uncorrelated.
+        power: Mean square of each coordinate.
         effects: Divergence of the final output when the whole site is ablated on that input.
         most: At most so many directions.
     """
@@ -98,19 +101,28 @@ def exemplars(rows: Float[Tensor, "row d"], effects: Float[Tensor, " row"], most
     some = unit[:_SAMPLE]
     cosines = (some @ some.T).abs_()
     found = {agreement: _densest(some, weight[:_SAMPLE], cosines, agreement, most) for agreement in _AGREEMENTS}
-    return [_ranked(unit, weight, *one) for one in found.items() if len(one[1]) > 1]
+    return [_ranked(unit, weight, power, *one) for one in found.items() if len(one[1]) > 1]
 
 
 def _ranked(
     unit: Float[Tensor, "row d"],
     weight: Float[Tensor, " row"],
+    power: Float[Tensor, " d"],
     agreement: float,
     directions: Float[Tensor, "exemplar d"],
 ) -> Exemplars:
-    """Order directions by the density of all rows, each at its nearest, and see where it falls."""
+    """Order directions by the density of all rows, each at its nearest, and see where it falls.
+
+    A direction counts as far as no denser one overlaps it where inputs are uncorrelated: there independent mechanisms
+    are orthogonal, while the two lines on which a nonlinearity leaves one mechanism (on and off) are not.
+    """
     cosine, nearest = (unit @ directions.T).abs().max(1)
     weight = weight.where(cosine > agreement, 0)
     density = torch.zeros_like(directions[:, 0]).index_add_(0, nearest, weight)
+    density, order = density.sort(descending=True)
+    directions = directions[order]
+    white = torch.nn.functional.normalize(directions / power.sqrt())
+    density *= 1 - (white @ white.T).tril(-1).abs().amax(1)
     density, order = density.sort(descending=True)
     falls = density / torch.cat([density[1:], density.new_zeros(1)]).clamp_min(_LEAST_COUNT)
     steepest = falls[1:].topk(min(_CUTS, len(falls) - 1))
