@@ -75,7 +75,7 @@ def test_a_named_divergence_is_taken_whatever_the_output():
     divergence = choose("mse", LOGITS, True)
 
     assert divergence.name == "mse"
-    assert divergence.reason == "given by the user"
+    assert divergence.reason == "set in the call"
 
 
 def test_an_unknown_divergence_is_refused():
@@ -140,4 +140,4 @@ def test_a_model_that_returns_its_loss_is_told_so():
 
 def test_a_users_own_divergence_cannot_be_loaded_by_name():
     with pytest.raises(ValueError, match="the run used the divergence 'largest' of its own; pass it as divergence="):
-        named("largest", "given by the user")
+        named("largest", "set in the call")

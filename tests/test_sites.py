@@ -243,6 +243,11 @@ class _Late(nn.Module):
             "max_norm",
         ),
         (
+            Calls(lambda m, x: x + m.e(torch.zeros(len(x), dtype=torch.long)), e=nn.Embedding(8193, 4)),
+            "layer.e.weight",
+            "rows of 8,193 numbers",
+        ),
+        (
             nn.Sequential(nn.Unflatten(1, (4, 1)), nn.ConvTranspose1d(4, 4, 1), nn.Flatten()),
             "layer.1.weight",
             "outside",

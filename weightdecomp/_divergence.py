@@ -107,11 +107,11 @@ def choose(divergence: str | Callable[[Any, Any], Tensor], output: Any, integer_
     """
     if callable(divergence):
         name = getattr(divergence, "__name__", "callable")
-        return Divergence(name, "given by the user", divergence)
+        return Divergence(name, "set in the call", divergence)
     if divergence not in ("auto", "mse", "kl"):
         raise ValueError(f"divergence must be 'auto', 'mse', 'kl' or a callable, got {divergence!r}")
     if divergence != "auto":
-        return named(divergence, "given by the user")
+        return named(divergence, "set in the call")
     evidence = _looks_like_classes(output, output_tensor(output), integer_inputs)
     if evidence:
         return named("kl", evidence)

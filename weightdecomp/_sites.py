@@ -19,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 from weightdecomp._batches import Batch, call
 
 _HALF = (torch.float16, torch.bfloat16)
+_WIDEST = 8192  # numbers in a site's input row, whose second moment is diagonalised
 
 
 class Skipped(NamedTuple):
@@ -193,6 +194,13 @@ def _refusal(module: Any) -> str | None:
         return "is computed anew before every call by a hook; remove it (torch.nn.utils.remove_weight_norm) first"
     if not module.weight.any():
         return "is zero everywhere; nothing to decompose"
+    kind = _site_class(module)
+    assert kind is not None
+    if (d_in := kind("", module, 1).shape[1]) > _WIDEST:
+        return (
+            f"reads rows of {d_in:,} numbers, more than {_WIDEST:,}: their second moment alone would take "
+            f"{d_in**2 * 8 / 2**30:.1f} GiB; decompose the matrices that read its output instead"
+        )
     return None
 
 
