@@ -165,19 +165,18 @@ def _regimes(result: Verification) -> str:
         "adversarial, per input": _summit(result.per_input),
         "all masks": result.bound,
     }
-    rows = [["regime", "damage", "divergence", "evidence", "budget", ""]]
+    rows = [["regime", "damage", "divergence", "evidence", "budget"]]
     for name, one in figures.items():
         if one is None:
-            rows.append([name, "-", "-", "none", result.bound_reason, ""])
+            rows.append([name, "-", "-", "none", result.bound_reason])
             continue
-        note = f"+- {one.error:.1e}" if one.error is not None else one.note
-        rows.append([name, _number(one.damage), f"{one.divergence:.4g}", one.evidence, one.budget, note])
-    return f"{_table(rows, texts=(0, 3, 4, 5))}\n{_EVIDENCE}"
+        budget = one.budget if one.error is None else f"{one.budget}, +- {one.error:.1e}"
+        rows.append([name, _number(one.damage), f"{one.divergence:.4g}", one.evidence, budget])
+    return f"{_table(rows, texts=(0, 3, 4))}\n{_EVIDENCE}"
 
 
 def _summit(found: Ladder) -> Figure:
-    note = f"last rung {found.rise:.3f} x the one before"
-    return Figure(found.plateau, found.divergences[-1], "counterexample", found.budget, note)
+    return Figure(found.plateau, found.divergences[-1], "counterexample", found.budget)
 
 
 def _ladders(result: Verification) -> str:
@@ -199,8 +198,7 @@ def _sizes(result: Verification) -> str:
 
 
 def _candidates(result: Verification) -> str:
-    budget = f"adversarial ({result.ours.adversarial.budget})" if result.ours.adversarial else "adversarial"
-    rows = [["candidate", "active", "bits per input", "bits in all", "stochastic", "gates", budget, ""]]
+    rows = [["candidate", "active", "bits per input", "bits in all", "stochastic", "gates", "adversarial", ""]]
     for one in (result.ours, *result.nulls, result.dense):
         if one.ledger is None:
             rows.append([one.name, *["-"] * 6, f"skipped: {one.reason}"])
@@ -208,4 +206,6 @@ def _candidates(result: Verification) -> str:
         bits = [f"{one.ledger.per_input:,.2f}", f"{one.ledger.total:,.0f}"]
         damages = [_number(f.damage) if f else "-" for f in (one.stochastic, one.gates, one.adversarial)]
         rows.append([one.name, f"{one.active:.3f}", *bits, *damages, one.reason])
-    return _table(rows, texts=(0, 7))
+    attacked = result.ours.adversarial
+    legend = f"\nadversarial: {attacked.budget}, shared sources, the same for all" if attacked else ""
+    return _table(rows, texts=(0, 7)) + legend
