@@ -21,7 +21,7 @@ from weightdecomp._sites import Site
 from weightdecomp._starts import Reach, exemplar_start, exemplars, plain_starts
 
 _ROUNDS = 10  # bisections of the price
-_SCOUT = (6, 2, 1024)  # steps, restarts and inputs of the attack inside the bisection
+_SCOUT = (4, 1, 4096)  # steps, restarts and inputs of the attack inside the bisection: many inputs, as damage varies
 REVIEW = (20, 3, 2048)  # and of the attack, on held-out inputs, that a result must withstand
 _FALL = 0.2  # how much the fall of density says beside bits: one by e is worth as much as a fifth fewer bits
 _NEAR = 4.0  # factor around a known price within which the next one is sought
