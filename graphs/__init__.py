@@ -1,3 +1,6 @@
-"""Networkx graphs of decompositions: not written yet, so this package offers nothing."""
+"""Circuits as networkx graphs: built from a decomposition, measured on its model, exported and looked at."""
 
-__all__: list[str] = []
+from graphs._aggregate import aggregate
+from graphs._build import circuit_graph
+
+__all__ = ["aggregate", "circuit_graph"]

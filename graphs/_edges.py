@@ -1,0 +1,382 @@
+"""Edges: effects of all sources of a pass on all its targets, by gradients or by taking each source away."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from graphs._columns import Columns, Feed_, Key, Site_, by_position, feed_columns, site_columns, token_feed
+from graphs._trace import Event, Trace, parents, traced
+from weightdecomp.engine import Batch, Pieces, Site, tensors
+
+_AT_ONCE = 1 << 23  # numbers in the gradients of one call of autograd
+_FEED = -1  # feeds are numbered downwards from here, as `Trace.leaves` does
+
+
+class Targets(NamedTuple):
+    """What edges lead to at one event, or at the output.
+
+    Attributes:
+        keys: One a target.
+        values: Activation of each, its gate's closed positions left out.
+        seeds: `seeds(start, stop)` gives the cotangents of some targets at the event's inner activations.
+    """
+
+    keys: list[Key]
+    values: Float[Tensor, "input target"]
+    seeds: Callable[[int, int], Tensor]
+
+
+class Block(NamedTuple):
+    """Effects between the targets of one event and the sources of one leaf, over the inputs of a batch."""
+
+    targets: Sequence[Key]
+    sources: Sequence[Key]
+    weights: Float[Tensor, "target input source"]
+
+
+class Scene(NamedTuple):
+    """Everything that the edges of one batch are made from.
+
+    Attributes:
+        model: The target.
+        sites: Its sites.
+        pieces: Their components, or circuits.
+        batch: The inputs.
+        n: Number of inputs.
+        trace: The pass at the target's own values.
+        sources: Columns of every leaf, by its number.
+        targets: Of every event, and last of the output.
+        parents: Of every event, and last of the output.
+    """
+
+    model: torch.nn.Module
+    sites: Sequence[Site]
+    pieces: Mapping[str, Pieces]
+    batch: Batch
+    n: int
+    trace: Trace
+    sources: Mapping[int, Columns]
+    targets: Sequence[Targets]
+    parents: Sequence[set[int]]
+
+
+class Choice(NamedTuple):
+    """What is shown of a batch.
+
+    Attributes:
+        shown: Per site and call, which components are shown where.
+        kind: "component" or "circuit".
+        outputs: Output indices.
+        positions: Whether positions are kept apart.
+        output_positions: Positions of the output that are shown; None for all.
+        input_name: What inputs are called.
+        output_name: What the output is called.
+    """
+
+    shown: Mapping[str, Sequence[Bool[Tensor, "*batch component"]]]
+    kind: str
+    outputs: Sequence[int]
+    positions: bool
+    output_positions: Sequence[int] | None
+    input_name: str
+    output_name: str
+
+
+def staged(
+    model: torch.nn.Module,
+    sites: Sequence[Site],
+    pieces: Mapping[str, Pieces],
+    batch: Batch,
+    trace: Trace,
+    choice: Choice,
+) -> Scene:
+    """Sources and targets of one batch."""
+    n = len(tensors(batch)[0])
+    sources, targets = {}, []
+    for i, feed in enumerate(trace.feeds):
+        columns = feed_columns(feed, trace, choice.input_name, n, choice.positions)
+        if columns is not None:
+            sources[_FEED - i] = columns
+    for number, event in enumerate(trace.events):
+        own = pieces[event.site.path]
+        shown = by_position(choice.shown[event.site.path][event.call], n).bool()
+        sources[number] = site_columns(event, own, shown, choice.kind, choice.positions)
+        targets.append(_site_targets(event, own, shown, choice))
+    targets.append(_output_targets(trace.output, n, choice))
+    return Scene(model, sites, pieces, batch, n, trace, sources, targets, parents(trace))
+
+
+def _readout(own: Pieces, inner: Tensor) -> Tensor:
+    """What each piece's inner activation counts in its component's activation.
+
+    A rank-one component's activation is linear in v.x. That of a higher rank is a norm, whose gradient this is; where
+    the norm is 0 it has none, and 0 is taken.
+    """
+    sizes = own.u.norm(dim=-1)
+    if own.rank_one:
+        return sizes.expand(inner.shape)
+    gram = (own.u @ own.u.T) * (own.owner[:, None] == own.owner[None, :])
+    norms = own.activations(inner).abs()[..., own.owner]
+    several = (own.ranks() > 1)[own.owner]
+    return torch.where(several, torch.where(norms > 0, (inner @ gram) / norms, 0), sizes)
+
+
+def _site_targets(event: Event, own: Pieces, shown: Tensor, choice: Choice) -> Targets:
+    n, several = len(shown), event.site.n_calls > 1
+    inner = by_position(event.inner.detach(), n)
+    counts = _readout(own, inner) * shown[..., own.owner]
+    live = shown.any(0)
+    places = live.nonzero().tolist() if choice.positions else [(None, c) for c in live.any(0).nonzero()[:, 0].tolist()]
+    has_positions = choice.positions and (event.rows.ndim > 2 or len(event.rows) != n)
+    call = event.call if several else None
+    keys = [Key(choice.kind, event.site.path, c, call, p if has_positions else None) for p, c in places]
+    component = torch.tensor([c for _, c in places], dtype=torch.long, device=inner.device)
+    position = torch.tensor([p or 0 for p, _ in places], dtype=torch.long, device=inner.device)
+
+    def seeds(start: int, stop: int) -> Tensor:
+        own_piece = own.owner[None, :] == component[start:stop, None]
+        found = counts[None] * own_piece[:, None, None, :]
+        if choice.positions:
+            found = found * _at(position[start:stop], inner.shape[1], inner.dtype)[:, None, :, None]
+        return found.reshape(-1, *event.inner.shape)
+
+    by_piece = counts * inner
+    by_component = by_piece.new_zeros(*by_piece.shape[:-1], own.n).index_add_(-1, own.owner, by_piece)
+    values = by_component[:, position, component] if choice.positions else by_component.sum(1)[:, component]
+    return Targets(keys, values, seeds)
+
+
+def _at(position: Tensor, n_positions: int, dtype: torch.dtype) -> Tensor:
+    return torch.nn.functional.one_hot(position, n_positions).to(dtype)
+
+
+def _output_targets(output: Tensor, n: int, choice: Choice) -> Targets:
+    values = by_position(output.detach(), n)
+    several = output.ndim > 2
+    every = range(values.shape[1]) if choice.output_positions is None else choice.output_positions
+    places: list[tuple[int | None, int]]
+    places = (
+        [(p, o) for p in every for o in choice.outputs] if choice.positions else [(None, o) for o in choice.outputs]
+    )
+    kept = torch.zeros(values.shape[1], dtype=values.dtype, device=values.device)
+    kept[list(every)] = 1
+    keys = [Key("output", choice.output_name, o, None, p if several else None) for p, o in places]
+
+    def seeds(start: int, stop: int) -> Tensor:
+        found = values.new_zeros(stop - start, *values.shape)
+        for i, (p, o) in enumerate(places[start:stop]):
+            if p is None:
+                found[i, :, :, o] = kept
+            else:
+                found[i, :, p, o] = 1
+        return found.reshape(-1, *output.shape)
+
+    shown = [values[:, p, o] if p is not None else values[:, :, o] @ kept for p, o in places]
+    return Targets(keys, torch.stack(shown, 1) if shown else values.new_zeros(n, 0), seeds)
+
+
+class Pass(NamedTuple):
+    """One pass whose gradients count with a factor."""
+
+    trace: Trace
+    targets: Sequence[Targets]
+    factor: float
+
+
+def by_gradient(scene: Scene) -> Iterator[Block]:
+    """First-order effects at the target's own values: gradient times contribution."""
+    yield from _looked_up(scene)
+    yield from _graded(scene, [Pass(scene.trace, scene.targets, 1.0)])
+
+
+def by_path(scene: Scene, steps: int) -> Iterator[Block]:
+    """Effects averaged while all sources are scaled from nothing to what they are (Gauss-Legendre nodes).
+
+    They sum to the target's change from nothing, exactly where that is a polynomial of a degree below 2 x steps.
+    Source: Aumann-Shapley values; integrated gradients (Sundararajan et al. 2017), taken over all sources at once.
+    """
+    nodes, weights = np.polynomial.legendre.leggauss(steps)
+    held, passes = [event.rows.detach() for event in scene.trace.events], []
+    for node, weight in zip((nodes + 1) / 2, weights / 2, strict=True):
+        trace = traced(scene.model, scene.sites, scene.pieces, scene.batch, held, float(node))
+        # Gradients are taken at leaves that are scaled afterwards.
+        passes.append(Pass(trace, _scaled_targets(scene, trace), float(weight / node)))
+    yield from _looked_up(scene)
+    yield from _graded(scene, passes)
+
+
+def _scaled_targets(scene: Scene, trace: Trace) -> list[Targets]:
+    """The same targets with the cotangents of another pass: the norm of a component of higher rank turns with it."""
+    found = []
+    for own, event, base in zip(scene.targets, trace.events, scene.trace.events, strict=False):
+        pieces = scene.pieces[event.site.path]
+        if pieces.rank_one:
+            found.append(own)
+            continue
+        before = _readout(pieces, base.inner.detach())
+        ratio = torch.where(before != 0, _readout(pieces, event.inner.detach()) / before, 0)
+        found.append(own._replace(seeds=lambda a, b, f=own.seeds, r=ratio: f(a, b) * r))
+    return [*found, scene.targets[-1]]
+
+
+def _graded(scene: Scene, passes: Sequence[Pass]) -> Iterator[Block]:
+    for number, own in enumerate(scene.targets):
+        chosen = [i for i, _ in scene.trace.leaves(number) if i in scene.parents[number] and i in scene.sources]
+        if not chosen or not own.keys:
+            continue
+        leaves = dict(scene.trace.leaves(number))
+        most = max(1, _AT_ONCE // max(1, sum(leaves[i].numel() for i in chosen)))
+        for start in range(0, len(own.keys), most):
+            stop = min(start + most, len(own.keys))
+            total = [_weights(scene, one, number, chosen, start, stop) for one in passes]
+            for i, weights in zip(chosen, zip(*total, strict=True), strict=True):
+                yield Block(own.keys[start:stop], scene.sources[i].keys, sum(weights[1:], weights[0]))
+
+
+def _weights(
+    scene: Scene, one: Pass, number: int, chosen: Sequence[int], start: int, stop: int
+) -> list[Float[Tensor, "target input column"]]:
+    """Effects on some targets of one event in one pass, per leaf: all vector-Jacobian products at once."""
+    trace = one.trace
+    output = trace.events[number].inner if number < len(trace.events) else trace.output
+    leaves = dict(trace.leaves(number))
+    seeds = one.targets[number].seeds(start, stop)
+    grads = torch.autograd.grad(
+        output, [leaves[i] for i in chosen], seeds, retain_graph=True, is_grads_batched=True, materialize_grads=True
+    )
+    return [scene.sources[i].weights(grad) * one.factor for i, grad in zip(chosen, grads, strict=True)]
+
+
+def _looked_up(scene: Scene) -> Iterator[Block]:
+    """A lookup has no gradient: its token is all that drives it."""
+    for event, own in zip(scene.trace.events, scene.targets, strict=False):
+        i = token_feed(event, scene.trace.feeds)
+        if i is None or not own.keys:
+            continue
+        columns, inner = scene.sources[_FEED - i], event.inner.detach()
+        assert isinstance(columns.parts, Feed_)
+        most = max(1, _AT_ONCE // inner.numel())
+        for start in range(0, len(own.keys), most):
+            stop = min(start + most, len(own.keys))
+            effects = (own.seeds(start, stop) * inner).sum(-1).reshape(stop - start, scene.n, -1)
+            yield Block(own.keys[start:stop], columns.keys, columns.parts.scattered(effects))
+
+
+def by_removal(scene: Scene) -> Iterator[Block]:
+    """Effects of taking every source away, all other sites' outputs held: one pass of the cut target a source."""
+    held = [event.rows.detach() for event in scene.trace.events]
+    for i, columns in scene.sources.items():
+        if i < 0:
+            yield from _removed_feeds(scene, held, i, columns)
+        else:
+            yield from _removed_at_site(scene, held, i, columns)
+
+
+def _removed_at_site(scene: Scene, held: Sequence[Tensor], i: int, columns: Columns) -> Iterator[Block]:
+    parts = columns.parts
+    assert isinstance(parts, Site_)
+    affected = [k for k in range(i + 1, len(scene.targets)) if i in scene.parents[k] and scene.targets[k].keys]
+    changes: dict[int, list[Tensor]] = {k: [] for k in affected}
+    for column in parts.chosen.tolist():
+        other = list(held)
+        other[i] = (held[i].reshape(parts.rows.shape) - _contribution(parts, column)).reshape(held[i].shape)
+        trace = traced(scene.model, scene.sites, scene.pieces, scene.batch, other)
+        for k in affected:
+            changes[k].append(scene.targets[k].values - _values(scene, trace, k))
+    for k in affected:
+        weights = torch.stack(changes[k], -1).transpose(0, 1)
+        yield Block(scene.targets[k].keys, columns.keys, weights)
+
+
+def _contribution(parts: Site_, column: int) -> Float[Tensor, "input position d_out"]:
+    """What one column adds to the site's rows; a bias counts among them."""
+    own, width = parts.pieces, parts.pieces.n + 2
+    position, index = divmod(column, width)
+    if index < own.n:
+        piece = own.owner == index
+        rows = (parts.inner[..., piece] @ own.u[piece]) * parts.open[..., index, None]
+    elif index == own.n:
+        rows = parts.rows - (parts.inner * parts.open[..., own.owner]) @ own.u
+    else:
+        assert parts.bias is not None
+        rows = parts.bias.expand(parts.rows.shape)
+    if not parts.positions:
+        return rows
+    only = torch.zeros_like(rows)
+    only[:, position] = rows[:, position]
+    return only
+
+
+def _values(scene: Scene, trace: Trace, k: int) -> Float[Tensor, "input target"]:
+    """Activations of an event's targets in another pass."""
+    own = scene.targets[k]
+    if k == len(trace.events):
+        now = by_position(trace.output.detach(), scene.n)
+    else:
+        event = trace.events[k]
+        now = by_position(event.inner.detach(), scene.n)
+        pieces = scene.pieces[event.site.path]
+        if not pieces.rank_one:
+            return _norms(own, pieces, now, scene, k)
+    seeds = own.seeds(0, len(own.keys)).reshape(len(own.keys), *now.shape)
+    return (seeds * now).sum((2, 3)).T
+
+
+def _norms(own: Targets, pieces: Pieces, now: Tensor, scene: Scene, k: int) -> Float[Tensor, "input target"]:
+    base = scene.sources[k].parts
+    assert isinstance(base, Site_)
+    sizes = pieces.activations(now) * base.open
+    component = torch.tensor([key.index for key in own.keys])
+    if not base.positions:
+        return sizes.sum(1)[:, component]
+    return sizes[:, torch.tensor([key.position or 0 for key in own.keys]), component]
+
+
+def _removed_feeds(scene: Scene, held: Sequence[Tensor], i: int, columns: Columns) -> Iterator[Block]:
+    """A float input's features are set to 0; tokens cannot be, and keep their gradients."""
+    feed, parts = scene.trace.feeds[_FEED - i], columns.parts
+    affected = [k for k, found in enumerate(scene.parents) if i in found and scene.targets[k].keys]
+    if feed.ids is not None:
+        if feed.leaf is not None:
+            yield from (block for block in by_gradient(scene) if block.sources is columns.keys)
+            return
+        yield from (block for block in _looked_up(scene) if block.sources is columns.keys)
+        return
+    assert isinstance(parts, Feed_)
+    assert feed.leaf is not None
+    x = feed.leaf.detach()
+    changes: dict[int, list[Tensor]] = {k: [] for k in affected}
+    for c in range(len(columns.keys)):
+        value = parts.value.clone()
+        width = 1 if parts.grouped else value.shape[-1]
+        position, feature = divmod(c, width)
+        at = slice(position, position + 1) if parts.positions else slice(None)
+        value[:, at, slice(None) if parts.grouped else feature] = 0
+        batch = _with(scene.batch, x, _back(value, x, parts.feature_axis))
+        trace = traced(scene.model, scene.sites, scene.pieces, batch, held)
+        for k in affected:
+            changes[k].append(scene.targets[k].values - _values(scene, trace, k))
+    for k in affected:
+        yield Block(scene.targets[k].keys, columns.keys, torch.stack(changes[k], -1).transpose(0, 1))
+
+
+def _back(value: Tensor, like: Tensor, axis: int) -> Tensor:
+    """Features of flattened positions in the layout of the model's input."""
+    if like.ndim == 1 or axis == -1:
+        return value.reshape(like.shape)
+    return value.reshape(like.movedim(axis, -1).shape).movedim(-1, axis)
+
+
+def _with(batch: Batch, before: Tensor, after: Tensor) -> Batch:
+    def swap(x: object) -> object:
+        return after if isinstance(x, Tensor) and x.data_ptr() == before.data_ptr() else x
+
+    if isinstance(batch, Tensor):
+        return after
+    if isinstance(batch, Mapping):
+        return {name: swap(x) for name, x in batch.items()}
+    return tuple(swap(x) for x in batch)
