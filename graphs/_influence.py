@@ -1,5 +1,7 @@
 """Influence: how much of the output's weight flows through every node and edge; needs no run of the model."""
 
+from typing import Any
+
 import networkx as nx
 import numpy as np
 from scipy import sparse
@@ -26,10 +28,11 @@ def topological(graph: nx.DiGraph) -> list[str]:
 
 def output_weights(graph: nx.DiGraph) -> dict[str, float]:
     """How much every output node counts; they sum to 1."""
+    outputs: dict[str, dict[str, Any]]
     outputs = {node: data for node, data in graph.nodes(data=True) if data.get("kind") == "output"}
     if not outputs:
         raise ValueError("the graph has no node of kind 'output', from which influence would start")
-    sizes = {node: float(data.get("importance", abs(data.get("activation", 1.0)))) for node, data in outputs.items()}
+    sizes = {node: abs(float(data.get("importance", data.get("activation", 1.0)))) for node, data in outputs.items()}
     total = sum(sizes.values())
     return {node: size / total if total else 1 / len(sizes) for node, size in sizes.items()}
 

@@ -59,7 +59,8 @@ def read_cytoscape(data: bytes) -> nx.DiGraph:
 
 def graphml(graph: nx.DiGraph) -> bytes:
     """GraphML, as Gephi, yEd and igraph read it."""
-    copy = nx.DiGraph(**{_GRAPH: json.dumps(graph.graph)})
+    copy = nx.DiGraph()
+    copy.graph[_GRAPH] = json.dumps(graph.graph)
     copy.add_nodes_from(graph.nodes(data=True))
     copy.add_edges_from(graph.edges(data=True))
     return str(GraphMLWriter(copy, prettyprint=False)).encode()

@@ -138,8 +138,9 @@ def _entering(batch: Batch, scale: float) -> tuple[Batch, list[Feed]]:
         if not x.is_floating_point():
             feeds.append(Feed(name, None, x))
             return x
-        feeds.append(Feed(name, x.detach().requires_grad_(), None))
-        return feeds[-1].leaf * scale
+        entering = x.detach().requires_grad_()
+        feeds.append(Feed(name, entering, None))
+        return entering * scale
 
     if isinstance(batch, Mapping):
         return {name: leaf(name, x) for name, x in batch.items()}, feeds
