@@ -10,6 +10,7 @@ from graphs._paths import Path, paths
 from graphs._prune import prune
 from graphs._sanitise import sanitise
 from graphs._score import score
+from graphs._show import show
 from graphs._tensor import bilinear_graph
 
 __all__ = [
@@ -30,6 +31,7 @@ __all__ = [
     "read",
     "sanitise",
     "score",
+    "show",
     "validate",
     "write",
 ]

@@ -19,14 +19,14 @@ class Key(NamedTuple):
     Attributes:
         kind: "input", "component", "circuit", "remainder", "bias" or "output".
         site: Module path, or the name of an input or the output.
-        index: Number of the component, feature, token or output; None for what a site has one of.
+        number: Of the component, feature, token or output; None for what a site has one of.
         call: Number of the call where a module runs several times, else None.
         position: Number of the position, or None.
     """
 
     kind: str
     site: str
-    index: int | None
+    number: int | None
     call: int | None
     position: int | None
 
@@ -34,7 +34,7 @@ class Key(NamedTuple):
     def id(self) -> str:
         """`site/index@position`; a call stands before the position."""
         place = [str(x) for x in (self.call, self.position) if x is not None]
-        what = self.kind if self.index is None else str(self.index)
+        what = self.kind if self.number is None else str(self.number)
         return f"{self.site}/{what}" + (f"@{'.'.join(place)}" if place else "")
 
 

@@ -234,7 +234,7 @@ def _graded(scene: Scene, passes: Sequence[Pass]) -> Iterator[Block]:
             stop = min(start + most, len(own.keys))
             total = [_weights(scene, one, number, chosen, start, stop) for one in passes]
             for i, weights in zip(chosen, zip(*total, strict=True), strict=True):
-                yield Block(own.keys[start:stop], scene.sources[i].keys, sum(weights[1:], weights[0]))
+                yield Block(own.keys[start:stop], scene.sources[i].keys, torch.stack(weights).sum(0))
 
 
 def _weights(
@@ -330,7 +330,7 @@ def _norms(own: Targets, pieces: Pieces, now: Tensor, scene: Scene, k: int) -> F
     base = scene.sources[k].parts
     assert isinstance(base, Site_)
     sizes = pieces.activations(now) * base.open
-    component = torch.tensor([key.index for key in own.keys])
+    component = torch.tensor([key.number for key in own.keys])
     if not base.positions:
         return sizes.sum(1)[:, component]
     return sizes[:, torch.tensor([key.position or 0 for key in own.keys]), component]

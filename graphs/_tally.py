@@ -60,7 +60,7 @@ class Tally:
             if keys[i].kind in ("component", "circuit"):
                 assert gates is not None
                 at = slice(None) if keys[i].position is None else slice(keys[i].position, (keys[i].position or 0) + 1)
-                gate = gates[:, at, keys[i].index]
+                gate = gates[:, at, keys[i].number]
             opened = (0.0, 0.0) if gate is None else (float((gate > 0).sum()), float(gate.sum()))
             self.add(int(number), size[:, i], *opened)
             if gate is not None:
@@ -114,9 +114,9 @@ class Tally:
 
     def _named(self, key: Key) -> Key:
         """The key with the number that a circuit has in the whole decomposition."""
-        if key.kind != "circuit" or key.index is None or key.site not in self.circuits:
+        if key.kind != "circuit" or key.number is None or key.site not in self.circuits:
             return key
-        return key._replace(index=self.circuits[key.site][key.index])
+        return key._replace(number=self.circuits[key.site][key.number])
 
     def _edge_columns(self) -> tuple[np.ndarray, ...]:
         if not self.blocks:
@@ -136,7 +136,7 @@ class Tally:
         value, square, opened, importance = self.sums[number]
         n = self.n_inputs
         data: dict[str, Any] = {"kind": key.kind, "site": key.site, "title": key.id}
-        for name, one in (("index", key.index), ("call", key.call), ("position", key.position)):
+        for name, one in (("index", key.number), ("call", key.call), ("position", key.position)):
             if one is not None:
                 data[name] = one
         data |= {"activation": float(value / n), "n": n}
