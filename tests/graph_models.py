@@ -143,3 +143,8 @@ NETS = {
     "convolution": (convolution, lambda: drawn(12, 2, 6)),
 }
 """Models with a batch of 12 inputs each."""
+
+
+def relu_batches() -> list[Tensor]:
+    """Two batches for the command line, in the network's own dtype."""
+    return list(drawn(12, 5).split(8))

@@ -50,13 +50,14 @@ def layered(n: int, m: int, seed: int = 0) -> nx.DiGraph:
         numbers = {"activation": rng.normal(), "importance": rng.random(), "frequency": rng.random()}
         pictures = {name: base64.b64encode(rng.bytes(64)).decode() for name in ("reads", "writes")}
         graph.nodes[node].update(order=int(layer[i]), n=64, **{k: float(v) for k, v in numbers.items()}, **pictures)
-    while graph.number_of_edges() < m:
+    pairs: set[tuple[int, int]] = set()
+    while len(pairs) < m:
         a = rng.integers(0, n, m)
         b = np.minimum(a + rng.integers(1, n // 6, m), n - 1)
         near = (layer[a] < layer[b]) & ((group[a] == group[b]) | (rng.random(m) < 0.2))
-        for i, j in zip(a[near].tolist(), b[near].tolist(), strict=True):
-            if graph.number_of_edges() < m:
-                graph.add_edge(ids[i], ids[j], weight=float(rng.normal()), n=64, error=float(rng.random()))
+        pairs |= set(zip(a[near].tolist(), b[near].tolist(), strict=True))
+    for i, j in sorted(pairs, key=lambda pair: hash(pair))[:m]:
+        graph.add_edge(ids[i], ids[j], weight=float(rng.normal()), n=64, error=float(rng.random()))
     for edge, share in edge_shares(graph).items():
         graph.edges[edge]["share"] = share
     for node, influence in influences(graph).items():
