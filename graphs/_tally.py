@@ -92,13 +92,15 @@ class Tally:
         fro, to, weight, error, magnitude = self._edge_columns()
         total = np.bincount(to, magnitude, len(keys))
         share = magnitude / np.maximum(total[to], np.finfo(float).tiny)
-        keep = np.flatnonzero(share > self.precision)
+        # What is nothing on all inputs is no node, and what seems to lead from it is rounding.
+        there = np.array([key.kind not in _SINGLES or bool(own[1]) for key, own in zip(keys, self.sums, strict=True)])
+        keep = np.flatnonzero((share > self.precision) & there[fro]) if len(fro) else np.zeros(0, dtype=int)
         n_found = len(keep)
         if edges is not None and n_found > edges:
             keep = np.sort(keep[np.argsort(-share[keep], kind="stable")[:edges]])
         ids = [key.id for key in keys]
         for number, key in enumerate(keys):
-            if key.kind not in _SINGLES or self.sums[number][1]:
+            if there[number]:
                 graph.add_node(ids[number], **self._attributes(number, key))
         n = self.n_inputs
         for e in keep.tolist():
