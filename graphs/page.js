@@ -176,7 +176,8 @@ function labels(seen, members) {
     if (taken.some(t => Math.abs(t.y - y) < 13 && Math.abs(t.x - x) < (t.w + w) / 2 + 3)) continue;
     taken.push({x, y, w});
     if (!special) left--;
-    layer.append(sv("text", {class: "halo", x, y, "text-anchor": "middle"}, title));
+    const edge = $("stage").clientWidth - 4 - w / 2;
+    layer.append(sv("text", {class: "halo", x: Math.min(x, edge), y, "text-anchor": "middle"}, title));
   }
   return layer;
 }
@@ -313,16 +314,19 @@ function drawTable() {
 function card() {
   const box = $("card"), i = state.picked;
   if (i === null) { box.replaceChildren(...emptyCard()); return; }
-  const list = [["id", N.id[i]], ["kind", get("kind", i)], ["site", get("site", i)]];
-  for (const [name, label] of [["index", "number"], ["call", "call"], ["position", "position"], ["importance", "importance"], ["frequency", "active on"],
-    ["activation", "activation"], ["std", "± over inputs"], ["influence", "influence"], ["unaccounted", "unaccounted"], ["minimality", "damage if removed"],
-    ["circuit", "circuit"], ["module", "module"], ["status", "status"], ["before", "before"], ["after", "after"], ["top_inputs", "top inputs"]]) {
+  const list = [];
+  for (const [name, label] of [["importance", "importance"], ["frequency", "active on"], ["activation", "activation"], ["std", "± over inputs"],
+    ["influence", "influence"], ["unaccounted", "unaccounted"], ["minimality", "damage if removed"], ["circuit", "circuit"], ["module", "module"],
+    ["status", "status"], ["before", "before"], ["after", "after"], ["top_inputs", "top inputs"]]) {
     const x = get(name, i);
     if (x !== null && x !== undefined) list.push([label, name === "frequency" ? print(100 * x) + " %" : print(x)]);
   }
   const facts = el("dl", {});
   for (const [k, v] of list) facts.append(el("dt", {}, k), el("dd", {}, v === null ? "" : String(v)));
-  box.replaceChildren(el("h2", {}, N.title[i]), facts, ...picture(i), ...links("in", into[i], E.s), ...links("out", out[i], E.t));
+  const what = [get("kind", i), get("site", i) ? "of " + get("site", i) : "", get("call", i) !== null ? "call " + get("call", i) : "",
+    get("position", i) !== null ? "at position " + get("position", i) : "", N.id[i] === N.title[i] ? "" : "id " + N.id[i]];
+  box.replaceChildren(el("h2", {}, N.title[i]), el("p", {className: "note"}, what.filter(x => x).join(", ")), facts,
+    ...links("in", into[i], E.s), ...links("out", out[i], E.t), ...picture(i));
 }
 
 function emptyCard() {

@@ -1,6 +1,7 @@
 """A headless Chromium without a network, driven over two pipes with the DevTools protocol; nothing to install."""
 
 import base64
+import fcntl
 import itertools
 import json
 import os
@@ -43,10 +44,10 @@ class Browser:
         flags = [*_FLAGS, f"--user-data-dir={self.profile}", f"--window-size={width},{height}"]
 
         def connect() -> None:
-            # The protocol wants its pipes as descriptors 3 and 4.
-            spare = os.dup(from_browser)
-            os.dup2(to_browser, 3)
-            os.dup2(spare, 4)
+            # The protocol wants its pipes as descriptors 3 and 4, which may be in use for the other ends.
+            ends = [fcntl.fcntl(one, fcntl.F_DUPFD, 10) for one in (to_browser, from_browser)]
+            for one, place in zip(ends, (3, 4), strict=True):
+                os.dup2(one, place)
 
         self.process = subprocess.Popen(
             [path, *flags, "about:blank"],
