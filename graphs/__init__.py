@@ -4,7 +4,7 @@ from graphs._aggregate import aggregate
 from graphs._build import circuit_graph
 from graphs._diff import diff, match
 from graphs._edit import Edited, ablate, edit
-from graphs._files import read, validate, write
+from graphs._files import check_path, read, validate, write
 from graphs._modules import Complexity, complexity, modules
 from graphs._paths import Path, paths
 from graphs._prune import prune
@@ -20,6 +20,7 @@ __all__ = [
     "ablate",
     "aggregate",
     "bilinear_graph",
+    "check_path",
     "circuit_graph",
     "complexity",
     "diff",

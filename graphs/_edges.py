@@ -209,6 +209,18 @@ def by_path(scene: Scene, steps: int) -> Iterator[Block]:
     yield from _graded(scene, passes)
 
 
+def _products(output: Tensor, leaves: Sequence[Tensor], seeds: Tensor) -> Sequence[Tensor]:
+    """Vector-Jacobian products of all seeds at once."""
+    try:
+        return torch.autograd.grad(
+            output, leaves, seeds, retain_graph=True, is_grads_batched=True, materialize_grads=True
+        )
+    except RuntimeError:
+        # Operations of a user's own may know no batches of gradients; one by one they give the same, or say why not.
+        each = [torch.autograd.grad(output, leaves, seed, retain_graph=True, materialize_grads=True) for seed in seeds]
+        return [torch.stack(found) for found in zip(*each, strict=True)]
+
+
 def _scaled_targets(scene: Scene, trace: Trace) -> list[Targets]:
     """The same targets with the cotangents of another pass: the norm of a component of higher rank turns with it."""
     found = []
@@ -245,9 +257,7 @@ def _weights(
     output = trace.events[number].inner if number < len(trace.events) else trace.output
     leaves = dict(trace.leaves(number))
     seeds = one.targets[number].seeds(start, stop)
-    grads = torch.autograd.grad(
-        output, [leaves[i] for i in chosen], seeds, retain_graph=True, is_grads_batched=True, materialize_grads=True
-    )
+    grads = _products(output, [leaves[i] for i in chosen], seeds)
     return [scene.sources[i].weights(grad) * one.factor for i, grad in zip(chosen, grads, strict=True)]
 
 

@@ -96,6 +96,17 @@ def read(path: str | Path) -> nx.DiGraph:
         raise ValueError(f"'{path}' is not a graph that can be read: {error}") from error
 
 
+def check_path(path: str | Path) -> None:
+    """Check that `write` would not refuse a path, which long runs want to know before they start.
+
+    Raises:
+        ValueError: For a suffix that names no format.
+        OSError: If there is no such folder, or the path is one.
+    """
+    _suffix(Path(path))
+    _check_writable(Path(path))
+
+
 def validate(source: nx.DiGraph | str | Path) -> None:
     """Check a graph or a file against the schema, and name what is wrong.
 

@@ -1,13 +1,14 @@
 """Prune: the part of a graph that matters, by influence, by a number of edges, or until a measured damage."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import networkx as nx
 import torch
 
 from graphs._influence import edge_shares, influences
-from graphs._run import REGIMES, damage
+from graphs._run import REGIMES, Stage
+from graphs._run import damage as damage_of
 from graphs._score import stage_for
 from graphs._select import check_same, masks
 from graphs._tally import add_accounts
@@ -82,10 +83,10 @@ def prune(
     if regime not in REGIMES:
         raise ValueError(f"unknown regime {regime!r}; choose from {list(REGIMES)}")
     check_same(graph, decomposition)
-    found, measured = _until(graph, flow, damage, regime, decomposition, inputs, reference, (steps, restarts), seed)
-    recipe = {"by": "damage", "limit": damage, "regime": regime, "damage": measured, "seed": seed}
-    budget = {"steps": steps, "restarts": restarts} if regime == "adversarial" else {}
-    return _subgraph(graph, found, list(nx.DiGraph(graph).subgraph(found).edges), recipe | budget)
+    stage, budget = stage_for(decomposition, inputs, reference, [regime]), (steps, restarts)
+    recipe = {"by": "damage", "limit": damage, "regime": regime, "seed": seed}
+    recipe |= {"steps": steps, "restarts": restarts} if regime == "adversarial" else {}
+    return _until(graph, flow, damage, lambda part: _measured(part, stage, regime, budget, seed), recipe)
 
 
 def _ranked(graph: nx.DiGraph, flow: dict[str, float]) -> list[str]:
@@ -151,36 +152,43 @@ def _dangles(before: nx.DiGraph, now: nx.DiGraph, node: str) -> bool:
     return (not now.out_degree(node)) or (kind != "input" and not now.in_degree(node) and bool(before.in_degree(node)))
 
 
+def _measured(graph: nx.DiGraph, stage: Stage, regime: str, budget: tuple[int, int], seed: int) -> float:
+    """Damage of a graph's nodes."""
+    kept = masks(stage.decomposition, graph, graph.nodes, dict(stage.pieces), stage.record)
+    rng = torch.Generator(device=tensors(stage.batch)[0].device).manual_seed(seed)
+    return damage_of(stage, kept, regime, budget, rng).damage
+
+
 def _until(
     graph: nx.DiGraph,
     flow: dict[str, float],
     limit: float,
-    regime: str,
-    decomposition: Decomposition,
-    inputs: Batch,
-    reference: Batch | None,
-    budget: tuple[int, int],
-    seed: int,
-) -> tuple[set[str], float]:
-    """The fewest most influential nodes with a damage within the limit, by bisection, and that damage."""
-    stage = stage_for(decomposition, inputs, reference, [regime])
+    measured: Callable[[nx.DiGraph], float],
+    recipe: dict[str, Any],
+) -> nx.DiGraph:
+    """The graph of the fewest most influential nodes with a damage within the limit, by bisection."""
     ranked = _ranked(graph, flow)
-    measured: dict[int, float] = {}
+    always = set(graph) - set(ranked)
 
-    def at(n: int) -> float:
-        if n not in measured:
-            kept = masks(decomposition, graph, ranked[:n], dict(stage.pieces), stage.record)
-            rng = torch.Generator(device=tensors(stage.batch)[0].device).manual_seed(seed)
-            measured[n] = damage(stage, kept, regime, budget, rng).damage
-        return measured[n]
+    def at(n: int) -> nx.DiGraph:
+        # What dangles is gone before the damage is measured, so that it is the returned graph's own.
+        kept = always | set(ranked[:n])
+        part = _subgraph(graph, kept, list(graph.subgraph(kept).edges), recipe)
+        part.graph["pruning"][-1]["damage"] = measured(part)
+        return part
 
-    low, high = -1, len(ranked)
-    if at(high) > limit:
+    low, high, best = -1, len(ranked), at(len(ranked))
+    most = best.graph["pruning"][-1]["damage"]
+    if most > limit:
         raise ValueError(
-            f"the whole graph of {len(graph)} nodes does damage {at(high):.3g} under {regime} ablation of all else, "
-            f"more than the limit {limit:g}; build the graph with components='all', or allow more"
+            f"the whole graph of {len(graph)} nodes does damage {most:.3g} under {recipe['regime']} ablation of all "
+            f"else, more than the limit {limit:g}; build the graph with components='all', or allow more"
         )
     while high - low > 1:
         middle = (low + high) // 2
-        low, high = (low, middle) if at(middle) <= limit else (middle, high)
-    return set(ranked[:high]) | (set(graph) - set(ranked)), at(high)
+        part = at(middle)
+        if part.graph["pruning"][-1]["damage"] <= limit:
+            high, best = middle, part
+        else:
+            low = middle
+    return best

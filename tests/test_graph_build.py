@@ -1,5 +1,7 @@
 """Graphs account for values, agree with interventions, and add up over inputs (G2, G3, G4)."""
 
+from collections.abc import Callable
+
 import networkx as nx
 import pytest
 import torch
@@ -7,7 +9,7 @@ from torch import Tensor, nn
 
 import graphs
 from tests.graph_models import NETS, attention, decomposed_exactly
-from tests.models import Calls, drawn, ids, seeded
+from tests.models import Calls, drawn, ids, seeded, sparse
 from weightdecomp import Decomposition
 from weightdecomp._forward import replaced
 
@@ -311,12 +313,57 @@ def test_the_edge_budget_keeps_the_largest_shares_and_says_what_is_hidden():
     assert sum(share > least for *_, share in whole.edges(data="share")) < 20
 
 
+class _Square(torch.autograd.Function):
+    """A square whose gradient leaves torch on the way, as a user's own operation may."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x * x
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tensor:
+        return torch.from_numpy(2 * grad.numpy() * ctx.saved_tensors[0].numpy())
+
+
+def test_operations_without_batches_of_gradients_give_the_same_graph():
+    built = []
+    for square in (_Square.apply, torch.square):
+        model = seeded(Calls(lambda m, x, s=square: m.b(s(m.a(x))), a=nn.Linear(4, 4), b=nn.Linear(4, 2))).double()
+        built.append(graphs.circuit_graph(decomposed_exactly(model, drawn(8, 4)), drawn(8, 4)))
+
+    own, plain = ({(s, t): w for s, t, w in one.edges(data="weight")} for one in built)
+    assert own == pytest.approx(plain, rel=1e-12)
+
+
+def test_a_real_run_accounts_for_its_values(decomposed: Decomposition):
+    graph = graphs.circuit_graph(decomposed, sparse(64, 5), edges=None)
+
+    # Float32: a few thousand roundings of 6e-8 at most.
+    assert max(gaps(graph).values()) < 1e-4
+    assert {data["kind"] for _, data in graph.nodes(data=True)} >= {"input", "component", "output"}
+
+
+def without_gradient() -> nn.Module:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 2)
+
+        @torch.no_grad()
+        def forward(self, x: Tensor) -> Tensor:
+            return self.b(self.a(x).relu())
+
+    return seeded(Model()).double()
+
+
 def detached() -> nn.Module:
     return seeded(Calls(lambda m, x: m.b(m.a(x).detach().relu()), a=nn.Linear(4, 4), b=nn.Linear(4, 2))).double()
 
 
-def test_a_model_whose_order_cannot_be_traced_is_refused():
-    decomposition = decomposed_exactly(detached(), drawn(8, 4))
+@pytest.mark.parametrize("make", [detached, without_gradient])
+def test_a_model_whose_order_cannot_be_traced_is_refused(make: Callable[[], nn.Module]):
+    decomposition = decomposed_exactly(make(), drawn(8, 4))
 
     with pytest.raises(ValueError, match="order of the model cannot be traced: 'a' changes the input of 'b'"):
         graphs.circuit_graph(decomposition, drawn(8, 4))

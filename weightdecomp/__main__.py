@@ -153,6 +153,8 @@ def _verify(given: argparse.Namespace) -> int:
 def _graph(given: argparse.Namespace) -> int:
     import graphs
 
+    for path in given.out:
+        graphs.check_path(path)
     model, batches = loaded_model(given.model, given.weights), list(loaded_batches(given.data))
     function = loaded_divergence(given.divergence) if given.divergence else None
     decomposition = load(given.directory, model, function if callable(function) else None)
