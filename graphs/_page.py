@@ -78,17 +78,17 @@ def document(graph: nx.DiGraph) -> dict[str, Any]:
         "x": [round(places.x[node], 4) for node in nodes],
     }
     for name in (*_FACTS, *_FIGURES):
-        found = [_short(graph.nodes[node].get(name)) for node in nodes]
+        found = _short([graph.nodes[node].get(name) for node in nodes])
         if any(one is not None for one in found):
             columns[name] = found
     lines: dict[str, list] = {
         "s": [number[source] for source, _ in shown],
         "t": [number[target] for _, target in shown],
-        "w": [_short(graph.edges[edge].get("weight", 1.0)) for edge in shown],
-        "share": [_short(shares[edge], 3) for edge in shown],
+        "w": _short([graph.edges[edge].get("weight", 1.0) for edge in shown]),
+        "share": _short([shares[edge] for edge in shown], 3),
     }
     for name in _EDGE:
-        found = [_short(graph.edges[edge].get(name), 3) for edge in shown]
+        found = _short([graph.edges[edge].get(name) for edge in shown], 3)
         if len(set(found)) > 1:
             lines[name] = found
     own = {name: value for name, value in graph.graph.items() if name not in ("scores", "sites", "rows")}
@@ -115,9 +115,9 @@ def scores(graph: nx.DiGraph) -> list[dict[str, Any]]:
     return list(newest.values())
 
 
-def _short(value: Any, digits: int = 5) -> Any:
+def _short(values: list, digits: int = 5) -> list:
     """Numbers to a few digits, which is all that is printed."""
-    return float(f"{value:.{digits}g}") if isinstance(value, float) else value
+    return [float(f"{value:.{digits}g}") if isinstance(value, float) else value for value in values]
 
 
 def _grouped(graph: nx.DiGraph) -> nx.DiGraph:
