@@ -253,12 +253,12 @@ def markdown(result: Mapping[str, Any]) -> str:
     blocks += [f"{task}:\n\n{_simplicity_table(found)}" for task, found in result["simplicity"].items()]
     where = result["provenance"]
     legend = (
-        f"Medians over seeds {result['seeds']} (range in the JSON; the residual MLP and the largest size have one seed); CPU seconds of one "
-        f"thread. Build: gradient effects on {result['inputs']} inputs. Score: five regimes, the attack with 20 steps "
-        "x 3 restarts. Every write reads back and compares. Agreement: worst error as a share of the largest "
-        "intervention, mean error as a share of their mean size. Simplicity: all methods have as many components "
-        "active per input as the weight decomposition; what they leave inactive flows through remainders. Hidden: influence of edges beyond the 20,000 strongest of "
-        "the residual MLP, which are in no other column.\n\n"
+        f"Medians over seeds {result['seeds']} (ranges in the JSON; the residual MLP and the largest size have one "
+        f"seed); CPU seconds of one thread. Build: gradient effects on {result['inputs']} inputs. Score: five regimes, "
+        "the attack with 20 steps x 3 restarts. Every write reads back and compares. Agreement: worst error as a share "
+        "of the largest intervention, mean error as a share of their mean size. Simplicity: all methods have as many "
+        "components active per input as the weight decomposition; what they leave inactive flows through remainders. "
+        "Hidden: influence of edges beyond the 20,000 strongest of the residual MLP, which no other column counts.\n\n"
         f"{where['machine']}, torch {where['torch']}, {where['date'][:10]}, commit {where['commit'][:9]}."
     )
     return "\n\n".join([*blocks, legend]) + "\n"

@@ -22,7 +22,7 @@ function short(i) {
 // Text only ever enters the page through these two: labels stay text.
 function el(tag, attributes, ...children) {
   const e = document.createElement(tag);
-  for (const [k, v] of Object.entries(attributes || {})) k in e && k !== "list" ? e[k] = v : e.setAttribute(k, v);
+  for (const [k, v] of Object.entries(attributes || {})) k in e ? e[k] = v : e.setAttribute(k, v);
   e.append(...children);
   return e;
 }
