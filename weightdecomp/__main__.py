@@ -28,6 +28,7 @@ from weightdecomp._verification import Verification
 _MISTAKES = (ValueError, TypeError, OSError, ImportError)
 _UNMET, _MISTAKE, _INTERRUPTED = 1, 2, 130
 _TOLERANCE = inspect.signature(decompose).parameters["tolerance"].default
+_DEMO_DAMAGE = 0.1  # of the demo's circuit graph, with all else ablated in the worst way found
 _ATTACK = 1280  # steps of the longest attack, unless given
 
 
@@ -221,8 +222,10 @@ def _demo_circuit(given: argparse.Namespace, decomposition: Decomposition, image
 
     digits, pixels = [f"digit {i}" for i in range(10)], [f"pixel {i // 8 + 1},{i % 8 + 1}" for i in range(64)]
     whole = graphs.circuit_graph(decomposition, list(images), input_titles=pixels, output_titles=digits)
-    graph = graphs.prune(whole, influence=0.95)
-    graph = graphs.modules(graphs.score(graph, decomposition, images[0], seed=given.seed), seed=given.seed)
+    # By influence alone a graph looks complete long before the model works on it, so the damage decides.
+    own = {"decomposition": decomposition, "inputs": images[0], "seed": given.seed}
+    graph = graphs.prune(whole, damage=_DEMO_DAMAGE, regime="adversarial", **own)
+    graph = graphs.modules(graphs.score(graph, **own), seed=given.seed)
     graphs.write(graph, given.out / "circuit.graphml")
     graphs.write(graph, given.out / "circuit.html")
     return given.out / "circuit.html"
