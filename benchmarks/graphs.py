@@ -33,7 +33,7 @@ INPUTS = 32
 
 
 class Size(NamedTuple):
-    """A network whose graph has about this many nodes, pruned to this many edges."""
+    """A network whose graph has about this many nodes, and this many edges are kept."""
 
     nodes: int
     edges: int
@@ -87,8 +87,8 @@ def _sized(size: Size, seed: int) -> dict[str, float]:
     x = torch.randn(INPUTS, size.widths[0], generator=torch.Generator().manual_seed(seed + 100))
     decomposition = closed_form(model, x, svd, active=0.1)
     found: dict[str, float] = {}
-    found["build s"], whole = timed(lambda: graphs.circuit_graph(decomposition, x, edges=2 * size.edges))
-    found["prune s"], graph = timed(lambda: graphs.prune(whole, edges=size.edges))
+    found["build s"], graph = timed(lambda: graphs.circuit_graph(decomposition, x, edges=size.edges))
+    found["prune s"], _ = timed(lambda: graphs.prune(graph, edges=size.edges // 2))
     found["nodes"], found["edges"] = len(graph), graph.number_of_edges()
     regimes = ["zero", "mean", "resample", "stochastic", "adversarial"]
     options: dict[str, Any] = {"regimes": regimes, "steps": 20, "minimality": False}
