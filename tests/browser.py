@@ -61,6 +61,7 @@ class Browser:
         os.close(from_browser)
         self._numbers, self._buffer = itertools.count(1), b""
         self.requests: list[str] = []
+        self.refusals: list[str] = []
         self.errors: list[str] = []
         self._session: str | None = None
         targets = self.ask("Target.getTargets")["targetInfos"]
@@ -102,6 +103,8 @@ class Browser:
         method, told = event.get("method"), event.get("params", {})
         if method == "Network.requestWillBeSent":
             self.requests.append(told["request"]["url"])
+        elif method == "Network.loadingFailed":
+            self.refusals.append(told.get("blockedReason", told["errorText"]))
         elif method == "Runtime.exceptionThrown":
             self.errors.append(json.dumps(told["exceptionDetails"])[:500])
         elif method == "Log.entryAdded" and told["entry"]["level"] == "error":
@@ -117,6 +120,7 @@ class Browser:
     def open(self, path: Path, ready: str = "document.body && document.body.dataset.drawn") -> None:
         """Open a file and wait until the page says that it is drawn."""
         self.requests.clear()
+        self.refusals.clear()
         self.errors.clear()
         self.ask("Page.navigate", url=path.as_uri())
         for _ in range(400):
