@@ -21,6 +21,7 @@ from graphs import _edges
 from graphs._card import cards
 from graphs._edges import Block, Choice, Scene, staged
 from graphs._influence import add_influence
+from graphs._removal import by_removal
 from graphs._tally import Tally
 from graphs._trace import Trace, check_order, parents, traced
 from weightdecomp import Decomposition
@@ -140,7 +141,7 @@ def circuit_graph(
 _METHODS: Mapping[str, Callable[[Scene, int], Iterator[Block]]] = {
     "gradient": lambda scene, steps: _edges.by_gradient(scene),
     "path": _edges.by_path,
-    "removal": lambda scene, steps: _edges.by_removal(scene),
+    "removal": lambda scene, steps: by_removal(scene),
 }
 
 

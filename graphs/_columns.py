@@ -48,7 +48,7 @@ def by_position(x: Tensor, n: int) -> Shaped[Tensor, "input position d"]:
     return x.reshape(n, -1, x.shape[-1])
 
 
-class Site_(NamedTuple):
+class SiteSources(NamedTuple):
     """Contributions of one call of a site.
 
     Attributes:
@@ -83,7 +83,7 @@ class Site_(NamedTuple):
         return (every.flatten(2) if self.positions else every.sum(2))[..., self.chosen]
 
 
-class Feed_(NamedTuple):
+class FeedSources(NamedTuple):
     """What one feed gives.
 
     Attributes:
@@ -129,7 +129,7 @@ class Columns(NamedTuple):
 
     keys: list[Key]
     values: Float[Tensor, "input column"]
-    parts: Site_ | Feed_
+    parts: SiteSources | FeedSources
 
     def weights(self, gradient: Tensor) -> Float[Tensor, "target input column"]:
         """Effect of every column on every target, from gradients (target, *leaf's shape)."""
@@ -152,7 +152,7 @@ def site_columns(
     keep[:, -1] = bias is not None
     places = keep.flatten() if positions else keep.any(0)
     chosen = places.nonzero().flatten()
-    parts = Site_(pieces, inner, rows, bias, shown, chosen, positions)
+    parts = SiteSources(pieces, inner, rows, bias, shown, chosen, positions)
     width = keep.shape[1]
     has_positions = event.rows.ndim > 2 or len(event.rows) != n
     keys = []
@@ -164,7 +164,7 @@ def site_columns(
     return Columns(keys, _sizes(parts), parts)
 
 
-def _sizes(parts: Site_) -> Float[Tensor, "input column"]:
+def _sizes(parts: SiteSources) -> Float[Tensor, "input column"]:
     """Contributions of components, norms of the remainder's and the bias's."""
     own = parts.pieces
     shown = own.activations(parts.inner) * parts.open
@@ -198,7 +198,7 @@ def feed_columns(feed: Feed, trace: Trace, name: str, n: int, positions: bool) -
     ]
     size = value.norm(dim=-1, keepdim=True) if grouped else value
     sizes = size.flatten(1) if positions else size.sum(1)
-    return Columns(keys, sizes, Feed_(value, None, axis, len(keys), positions, grouped))
+    return Columns(keys, sizes, FeedSources(value, None, axis, len(keys), positions, grouped))
 
 
 def _convolves(event: Event, x: Tensor) -> bool:
@@ -218,7 +218,7 @@ def _token_columns(feed: Feed, site: str, n: int, positions: bool) -> Columns | 
     keys = [Key("input", site, token, None, place if several else None) for token, place in unique.tolist()]
     column = column.reshape(ids.shape)
     leaf = torch.ones(*ids.shape, 1) if feed.leaf is None else by_position(feed.leaf.detach(), n)
-    parts = Feed_(leaf, column, -1, len(keys), positions, False)
+    parts = FeedSources(leaf, column, -1, len(keys), positions, False)
     counts = parts.scattered(torch.ones(1, *ids.shape, dtype=leaf.dtype, device=ids.device))[0]
     return Columns(keys, counts, parts)
 

@@ -1,4 +1,4 @@
-"""Edges: effects of all sources of a pass on all its targets, by gradients or by taking each source away."""
+"""Edges: effects of all sources of a pass on all its targets, by gradients; interventions are in `_removal`."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
@@ -8,12 +8,12 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from graphs._columns import Columns, Feed_, Key, Site_, by_position, feed_columns, site_columns, token_feed
+from graphs._columns import Columns, FeedSources, Key, by_position, feed_columns, site_columns, token_feed
 from graphs._trace import Event, Trace, parents, traced
 from weightdecomp.engine import Batch, Pieces, Site, tensors
 
 _AT_ONCE = 1 << 23  # numbers in the gradients of one call of autograd
-_FEED = -1  # feeds are numbered downwards from here, as `Trace.leaves` does
+FIRST_FEED = -1  # feeds are numbered downwards from here, as `Trace.leaves` does
 
 
 class Targets(NamedTuple):
@@ -100,7 +100,7 @@ def staged(
     for i, feed in enumerate(trace.feeds):
         columns = feed_columns(feed, trace, choice.input_name, n, choice.positions)
         if columns is not None:
-            sources[_FEED - i] = columns
+            sources[FIRST_FEED - i] = columns
     for number, event in enumerate(trace.events):
         own = pieces[event.site.path]
         shown = by_position(choice.shown[event.site.path][event.call], n).bool()
@@ -189,7 +189,7 @@ class Pass(NamedTuple):
 
 def by_gradient(scene: Scene) -> Iterator[Block]:
     """First-order effects at the target's own values: gradient times contribution."""
-    yield from _looked_up(scene)
+    yield from looked_up(scene)
     yield from _graded(scene, [Pass(scene.trace, scene.targets, 1.0)])
 
 
@@ -205,7 +205,7 @@ def by_path(scene: Scene, steps: int) -> Iterator[Block]:
         trace = traced(scene.model, scene.sites, scene.pieces, scene.batch, held, float(node))
         # Gradients are taken at leaves that are scaled afterwards.
         passes.append(Pass(trace, _scaled_targets(scene, trace), float(weight / node)))
-    yield from _looked_up(scene)
+    yield from looked_up(scene)
     yield from _graded(scene, passes)
 
 
@@ -261,132 +261,16 @@ def _weights(
     return [scene.sources[i].weights(grad) * one.factor for i, grad in zip(chosen, grads, strict=True)]
 
 
-def _looked_up(scene: Scene) -> Iterator[Block]:
+def looked_up(scene: Scene) -> Iterator[Block]:
     """A lookup has no gradient: its token is all that drives it."""
     for event, own in zip(scene.trace.events, scene.targets, strict=False):
         i = token_feed(event, scene.trace.feeds)
         if i is None or not own.keys:
             continue
-        columns, inner = scene.sources[_FEED - i], event.inner.detach()
-        assert isinstance(columns.parts, Feed_)
+        columns, inner = scene.sources[FIRST_FEED - i], event.inner.detach()
+        assert isinstance(columns.parts, FeedSources)
         most = max(1, _AT_ONCE // inner.numel())
         for start in range(0, len(own.keys), most):
             stop = min(start + most, len(own.keys))
             effects = (own.seeds(start, stop) * inner).sum(-1).reshape(stop - start, scene.n, -1)
             yield Block(own.keys[start:stop], columns.keys, columns.parts.scattered(effects))
-
-
-def by_removal(scene: Scene) -> Iterator[Block]:
-    """Effects of taking every source away, all other sites' outputs held: one pass of the cut target a source."""
-    held = [event.rows.detach() for event in scene.trace.events]
-    for i, columns in scene.sources.items():
-        if i < 0:
-            yield from _removed_feeds(scene, held, i, columns)
-        else:
-            yield from _removed_at_site(scene, held, i, columns)
-
-
-def _removed_at_site(scene: Scene, held: Sequence[Tensor], i: int, columns: Columns) -> Iterator[Block]:
-    parts = columns.parts
-    assert isinstance(parts, Site_)
-    affected = [k for k in range(i + 1, len(scene.targets)) if i in scene.parents[k] and scene.targets[k].keys]
-    changes: dict[int, list[Tensor]] = {k: [] for k in affected}
-    for column in parts.chosen.tolist():
-        other = list(held)
-        other[i] = (held[i].reshape(parts.rows.shape) - _contribution(parts, column)).reshape(held[i].shape)
-        trace = traced(scene.model, scene.sites, scene.pieces, scene.batch, other)
-        for k in affected:
-            changes[k].append(scene.targets[k].values - _values(scene, trace, k))
-    for k in affected:
-        weights = torch.stack(changes[k], -1).transpose(0, 1)
-        yield Block(scene.targets[k].keys, columns.keys, weights)
-
-
-def _contribution(parts: Site_, column: int) -> Float[Tensor, "input position d_out"]:
-    """What one column adds to the site's rows; a bias counts among them."""
-    own, width = parts.pieces, parts.pieces.n + 2
-    position, index = divmod(column, width)
-    if index < own.n:
-        piece = own.owner == index
-        rows = (parts.inner[..., piece] @ own.u[piece]) * parts.open[..., index, None]
-    elif index == own.n:
-        rows = parts.rows - (parts.inner * parts.open[..., own.owner]) @ own.u
-    else:
-        assert parts.bias is not None
-        rows = parts.bias.expand(parts.rows.shape)
-    if not parts.positions:
-        return rows
-    only = torch.zeros_like(rows)
-    only[:, position] = rows[:, position]
-    return only
-
-
-def _values(scene: Scene, trace: Trace, k: int) -> Float[Tensor, "input target"]:
-    """Activations of an event's targets in another pass."""
-    own = scene.targets[k]
-    if k == len(trace.events):
-        now = by_position(trace.output.detach(), scene.n)
-    else:
-        event = trace.events[k]
-        now = by_position(event.inner.detach(), scene.n)
-        pieces = scene.pieces[event.site.path]
-        if not pieces.rank_one:
-            return _norms(own, pieces, now, scene, k)
-    seeds = own.seeds(0, len(own.keys)).reshape(len(own.keys), *now.shape)
-    return (seeds * now).sum((2, 3)).T
-
-
-def _norms(own: Targets, pieces: Pieces, now: Tensor, scene: Scene, k: int) -> Float[Tensor, "input target"]:
-    base = scene.sources[k].parts
-    assert isinstance(base, Site_)
-    sizes = pieces.activations(now) * base.open
-    component = torch.tensor([key.number for key in own.keys])
-    if not base.positions:
-        return sizes.sum(1)[:, component]
-    return sizes[:, torch.tensor([key.position or 0 for key in own.keys]), component]
-
-
-def _removed_feeds(scene: Scene, held: Sequence[Tensor], i: int, columns: Columns) -> Iterator[Block]:
-    """A float input's features are set to 0; tokens cannot be, and keep their gradients."""
-    feed, parts = scene.trace.feeds[_FEED - i], columns.parts
-    affected = [k for k, found in enumerate(scene.parents) if i in found and scene.targets[k].keys]
-    if feed.ids is not None:
-        if feed.leaf is not None:
-            yield from (block for block in by_gradient(scene) if block.sources is columns.keys)
-            return
-        yield from (block for block in _looked_up(scene) if block.sources is columns.keys)
-        return
-    assert isinstance(parts, Feed_)
-    assert feed.leaf is not None
-    x = feed.leaf.detach()
-    changes: dict[int, list[Tensor]] = {k: [] for k in affected}
-    for c in range(len(columns.keys)):
-        value = parts.value.clone()
-        width = 1 if parts.grouped else value.shape[-1]
-        position, feature = divmod(c, width)
-        at = slice(position, position + 1) if parts.positions else slice(None)
-        value[:, at, slice(None) if parts.grouped else feature] = 0
-        batch = _with(scene.batch, x, _back(value, x, parts.feature_axis))
-        trace = traced(scene.model, scene.sites, scene.pieces, batch, held)
-        for k in affected:
-            changes[k].append(scene.targets[k].values - _values(scene, trace, k))
-    for k in affected:
-        yield Block(scene.targets[k].keys, columns.keys, torch.stack(changes[k], -1).transpose(0, 1))
-
-
-def _back(value: Tensor, like: Tensor, axis: int) -> Tensor:
-    """Features of flattened positions in the layout of the model's input."""
-    if like.ndim == 1 or axis == -1:
-        return value.reshape(like.shape)
-    return value.reshape(like.movedim(axis, -1).shape).movedim(-1, axis)
-
-
-def _with(batch: Batch, before: Tensor, after: Tensor) -> Batch:
-    def swap(x: object) -> object:
-        return after if isinstance(x, Tensor) and x.data_ptr() == before.data_ptr() else x
-
-    if isinstance(batch, Tensor):
-        return after
-    if isinstance(batch, Mapping):
-        return {name: swap(x) for name, x in batch.items()}
-    return tuple(swap(x) for x in batch)
