@@ -1,7 +1,7 @@
 """What do circuit graphs cost, do their edges agree with interventions, and which method's graph is simplest?
 
 Sizes: build, prune, score, modules, paths, write and read at 300/2k, 3k/30k and 10k/100k nodes/edges, of random
-ReLU networks cut into singular pieces with a tenth of all gates open. Agreement: every edge of component sources,
+ReLU networks cut into singular pieces, all of them shown. Agreement: every edge of component sources,
 by gradient and along a path, against taking the source away in the running model. Simplicity: edges needed for 90
 and 99 % of the influence and modularity above its null, of the weight decomposition and of activation bases with
 as many components active.
@@ -87,7 +87,7 @@ def _sized(size: Size, seed: int) -> dict[str, float]:
     x = torch.randn(INPUTS, size.widths[0], generator=torch.Generator().manual_seed(seed + 100))
     decomposition = closed_form(model, x, svd, active=0.1)
     found: dict[str, float] = {}
-    found["build s"], graph = timed(lambda: graphs.circuit_graph(decomposition, x, edges=size.edges))
+    found["build s"], graph = timed(lambda: graphs.circuit_graph(decomposition, x, components="all", edges=size.edges))
     found["prune s"], _ = timed(lambda: graphs.prune(graph, edges=size.edges // 2))
     found["nodes"], found["edges"] = len(graph), graph.number_of_edges()
     regimes = ["zero", "mean", "resample", "stochastic", "adversarial"]
