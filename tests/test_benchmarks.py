@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks import graphs as graph_benchmark
 from benchmarks import recovery, report, speed
 from benchmarks.recovery import SMOKE, Job, judged, run, rungs
 
@@ -136,3 +137,15 @@ def test_a_table_pads_its_columns():
     found = report.table(("name", "x"), [("a", "1.5"), ("long name", "2")])
 
     assert found.splitlines()[2:] == ["| a         | 1.5 |", "| long name |   2 |"]
+
+
+def test_graphs_measures_sizes_agreement_and_simplicity():
+    found = graph_benchmark.measured(smoke=True)
+
+    (size,) = found["sizes"].values()
+    assert size["nodes"]["median"] > 0
+    assert {f"write {suffix} s" for suffix in graph_benchmark.SUFFIXES} <= size.keys()
+    # The two-layer toy is linear between its sites on any one input.
+    assert found["agreement"]["tms_5_2"]["gradient correlation"]["median"] > 0.99
+    assert found["simplicity"]["tms_5_2"].keys() > {"weight decomposition", "PCA of activations"}
+    assert "Q - null" in graph_benchmark.markdown(found)

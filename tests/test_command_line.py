@@ -287,7 +287,7 @@ def test_the_demo_writes_a_report_and_the_decomposition(
     assert code == 0
     assert document["verification"]["n_inputs"] == 64
     found = sorted(path.name for path in (here / "demo").iterdir())
-    assert found == ["decomposition", "report.html", "report.md"]
+    assert found == ["circuit.graphml", "circuit.html", "decomposition", "report.html", "report.md"]
 
 
 @pytest.mark.slow

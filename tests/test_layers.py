@@ -23,6 +23,8 @@ OTHERS = {
 # Of extras: imported inside the function that needs them, so that the package works without.
 OPTIONAL = {"sklearn", "matplotlib", "transformers", "sae_lens"}
 SEES_PRIVATE_MODULES = {"benchmarks", "tests"}
+# The command line is a doorway to all packages; it imports `graphs` inside the verbs that need it.
+DOORWAY = Path("weightdecomp/__main__.py")
 
 
 def imports(tree: ast.AST, *, nested: bool = False) -> list[tuple[str, bool]]:
@@ -63,7 +65,11 @@ def violations(package: str, source: str) -> list[str]:
 def test_imports_point_one_way(path: Path):
     package = path.relative_to(ROOT).parts[0]
 
-    assert violations(package, path.read_text()) == []
+    wrong = violations(package, path.read_text())
+    if path.relative_to(ROOT) == DOORWAY:
+        outside = {name for name, nested in imports(ast.parse(path.read_text())) if nested}
+        wrong = [one for one in wrong if one != "graphs: weightdecomp may not import graphs" or "graphs" not in outside]
+    assert wrong == []
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,19 @@ def test_the_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     assert (tmp_path / "decomposition" / "decomposition.json").exists()
 
 
+@pytest.mark.slow
+def test_the_example_of_graphs_runs_after_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    first, graph = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)[:2]
+    monkeypatch.chdir(tmp_path)
+    names: dict = {}
+
+    exec(first, names)
+    exec(graph, names)
+
+    assert {"circuit.html", "circuit.graphml", "diff.html"} <= {path.name for path in tmp_path.iterdir()}
+    assert len(names["small"]) < len(names["graph"])
+
+
 def test_every_file_that_it_links_is_there():
     for target in re.findall(r"\]\(([^)#]+)\)", README.read_text()):
         assert (README.parent / target).exists(), target

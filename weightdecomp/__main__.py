@@ -1,4 +1,4 @@
-"""The command line: `python -m weightdecomp demo | decompose | verify`; each verb is one call of the API.
+"""The command line: `python -m weightdecomp demo | decompose | verify | graph`; each verb is one call of the API.
 
 Exit codes: 0; 1 if the tolerance was not met (decompose and verify); 2 for a mistake in what was given;
 130 for Ctrl-C.
@@ -19,6 +19,7 @@ import torch
 from tqdm import tqdm
 
 from weightdecomp import Config, Decomposition, NumericalWarning, decompose, load
+from weightdecomp._batches import select, size
 from weightdecomp._loading import loaded_batches, loaded_divergence, loaded_model
 from weightdecomp._storage import check_vacant
 from weightdecomp._verification import Verification
@@ -27,6 +28,7 @@ from weightdecomp._verification import Verification
 _MISTAKES = (ValueError, TypeError, OSError, ImportError)
 _UNMET, _MISTAKE, _INTERRUPTED = 1, 2, 130
 _TOLERANCE = inspect.signature(decompose).parameters["tolerance"].default
+_DEMO_DAMAGE = 0.1  # of the demo's circuit graph, with all else ablated in the worst way found
 _ATTACK = 1280  # steps of the longest attack, unless given
 
 
@@ -50,7 +52,7 @@ def main(words: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("python -m weightdecomp", description=_ABOUT, allow_abbrev=False)
-    verbs = parser.add_subparsers(required=True, metavar="demo | decompose | verify")
+    verbs = parser.add_subparsers(required=True, metavar="demo | decompose | verify | graph")
     demo = _verb(verbs, "demo", _demo, "decompose a small digit classifier that comes along, and report on it")
     demo.add_argument("--out", type=Path, default=Path("demo"), metavar="DIR", help="default: %(default)s")
     _add_run(demo)
@@ -67,6 +69,7 @@ def _parser() -> argparse.ArgumentParser:
     check.add_argument("--steps", type=int, default=_ATTACK, metavar="N", help="longest attack (%(default)s)")
     _add_seed(check)
     check.add_argument("--divergence", metavar="NAME", help="the function, if the run was given one of yours")
+    _add_graph(_verb(verbs, "graph", _graph, "the circuit graph of a saved decomposition, as a file or a page"))
     return parser
 
 
@@ -102,6 +105,20 @@ def _seed(word: str) -> int:
     return seed
 
 
+def _add_graph(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("directory", type=Path, metavar="DIR", help="what `decompose --out` wrote")
+    _add_model(parser)
+    parser.add_argument("--out", type=Path, action="append", required=True, metavar="FILE", help=_FILES)
+    parser.add_argument("--input", type=int, metavar="N", help="only this input of the data, positions kept")
+    parser.add_argument("--outputs", type=int, nargs="+", metavar="N", help="output indices to show")
+    parser.add_argument("--effects", default="gradient", metavar="NAME", help="gradient, path or removal (%(default)s)")
+    parser.add_argument("--influence", type=float, metavar="X", help="prune to the nodes with this share of influence")
+    parser.add_argument("--edges", type=int, metavar="N", help="prune to this many edges")
+    parser.add_argument("--score", action="store_true", help="run the model on the graph alone, under five ablations")
+    parser.add_argument("--divergence", metavar="NAME", help="the function, if the run was given one of yours")
+    _add_seed(parser)
+
+
 def _decompose(given: argparse.Namespace) -> int:
     check_vacant(given.out, "decomposition")
     model, batches = loaded_model(given.model, given.weights), loaded_batches(given.data)
@@ -134,6 +151,39 @@ def _verify(given: argparse.Namespace) -> int:
     return 0 if verification.converged else _UNMET
 
 
+def _graph(given: argparse.Namespace) -> int:
+    import graphs
+
+    for path in given.out:
+        graphs.check_path(path)
+    model, batches = loaded_model(given.model, given.weights), list(loaded_batches(given.data))
+    function = loaded_divergence(given.divergence) if given.divergence else None
+    decomposition = load(given.directory, model, function if callable(function) else None)
+    chosen = batches if given.input is None else [_one_input(batches, given.input)]
+    graph = graphs.circuit_graph(decomposition, chosen, effects=given.effects, outputs=given.outputs)
+    if given.influence is not None or given.edges is not None:
+        graph = graphs.prune(graph, influence=given.influence, edges=given.edges)
+    if given.score:
+        graph = graphs.score(graph, decomposition, chosen[0], minimality=False, seed=given.seed)
+    for path in given.out:
+        graphs.write(graph, path)
+    document = {"out": [str(path) for path in given.out], "nodes": len(graph), "edges": graph.number_of_edges()}
+    scores = {"scores": graph.graph["scores"], "pruning": graph.graph["pruning"]}
+    written = "\n".join(f"written      {path}" for path in given.out)
+    _say(given, {**document, **scores}, f"{graphs.show(graph)!r}\n{written}")
+    return 0
+
+
+def _one_input(batches: Sequence[Any], number: int) -> Any:
+    """One input, numbered over all batches."""
+    n = 0
+    for batch in batches:
+        if 0 <= number - n < size(batch):
+            return select(batch, torch.tensor([number - n]))
+        n += size(batch)
+    raise ValueError(f"--input: there is no input {number}; the data has {n}, numbered 0 to {n - 1}")
+
+
 def _demo(given: argparse.Namespace) -> int:
     """Decompose the classifier on its training images, and attack the result on its test images."""
     from weightdecomp import _figures, _page, _report, digits
@@ -158,9 +208,27 @@ def _demo(given: argparse.Namespace) -> int:
     images = _figures.Images(torch.cat(test), digits.labels("test"), side=8)
     report = _report.Report("A classifier of handwritten digits, decomposed", decomposition, verification, images)
     page = _page.write(report, given.out)
-    document = {"report": str(page), **_document(decomposition), "verification": verification.to_dict()}
-    _say(given, document, f"{_report.text(report)}\n\nReport with pictures: {page}\nDecomposition: {saved}")
+    circuit = _demo_circuit(given, decomposition, test)
+    document = {"report": str(page), "circuit": str(circuit), **_document(decomposition)}
+    document["verification"] = verification.to_dict()
+    told = f"Report with pictures: {page}\nCircuit graph: {circuit}\nDecomposition: {saved}"
+    _say(given, document, f"{_report.text(report)}\n\n{told}")
     return 0
+
+
+def _demo_circuit(given: argparse.Namespace, decomposition: Decomposition, images: Sequence[torch.Tensor]) -> Path:
+    """Write the demo's circuit graph, as a page and as GraphML, and return the path of the page."""
+    import graphs
+
+    digits, pixels = [f"digit {i}" for i in range(10)], [f"pixel {i // 8 + 1},{i % 8 + 1}" for i in range(64)]
+    whole = graphs.circuit_graph(decomposition, list(images), input_titles=pixels, output_titles=digits)
+    # By influence alone a graph looks complete long before the model works on it, so the damage decides.
+    own = {"decomposition": decomposition, "inputs": images[0], "seed": given.seed}
+    graph = graphs.prune(whole, damage=_DEMO_DAMAGE, regime="adversarial", **own)
+    graph = graphs.modules(graphs.score(graph, **own), seed=given.seed)
+    graphs.write(graph, given.out / "circuit.graphml")
+    graphs.write(graph, given.out / "circuit.html")
+    return given.out / "circuit.html"
 
 
 def _config(given: argparse.Namespace) -> Config:
@@ -224,6 +292,7 @@ _ABOUT = "Decompose a trained PyTorch checkpoint's weights into circuits, and at
 _MODEL = "function or class that makes the model, called without arguments, as in package.module:factory"
 _DATA = "function that returns batches of sample inputs, called without arguments"
 _DIVERGENCE = "auto, mse, kl, or a function of yours as package.module:name (auto)"
+_FILES = "file to write, repeatable; its suffix says how: html json graphml gexf cyjs dot ct.json"
 _LARGEST = "largest damage under attack, as a share of ablating everything (%(default)s)"
 
 if __name__ == "__main__":

@@ -1,0 +1,300 @@
+"""Build: the circuit graph of a decomposition on one input or on a data set.
+
+1. The target runs once, cut at its sites (`_trace`).
+2. Open components, remainders, biases, inputs and outputs become columns (`_columns`).
+3. Effects of columns on activations come by gradient, along a path, or by taking columns away (`_edges`).
+4. Sums over inputs become means with standard errors, shares and influences (`_tally`, `_influence`).
+
+A component that is not shown belongs to its site's remainder, so nothing is left out of an account.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any, NamedTuple
+
+import networkx as nx
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from graphs import _edges
+from graphs._card import cards
+from graphs._edges import Block, Choice, Scene, staged
+from graphs._influence import add_influence
+from graphs._removal import by_removal
+from graphs._tally import Tally
+from graphs._trace import Trace, check_order, parents, traced
+from weightdecomp import Decomposition
+from weightdecomp.engine import (
+    Batch,
+    Pieces,
+    Record,
+    batch_digest,
+    call,
+    output_tensor,
+    select,
+    size,
+    tensor_digest,
+    tensors,
+)
+
+SCHEMA_VERSION = 1
+EFFECTS = ("gradient", "path", "removal")
+_MOST_OUTPUTS = 64  # shown unless asked for
+_TOP_OUTPUTS = 10  # of more than those
+_AT_ONCE = 1 << 22  # numbers in the rows of one batch
+
+Titles = Mapping[int, str] | Sequence[str]
+
+
+def circuit_graph(
+    decomposition: Decomposition,
+    inputs: Any,
+    *,
+    components: str = "open",
+    collapse: bool = False,
+    effects: str = "gradient",
+    steps: int = 8,
+    positions: bool | None = None,
+    outputs: Sequence[int] | None = None,
+    output_positions: Sequence[int] | None = None,
+    edges: int | None = 100_000,
+    input_titles: Titles | None = None,
+    output_titles: Titles | None = None,
+) -> nx.DiGraph:
+    """The circuit graph of a decomposition: which component drives which, on one input or on a data set.
+
+    Edges lead from a source to the next component on the way (or to an output), never past one. The weight is the
+    effect of the source's contribution on the target's activation, before its gate, with every other site's output
+    held. Graphs of single inputs add up to the graph of all of them; see `aggregate`.
+
+    Args:
+        decomposition: The result of a run; values are those of its target, nothing is masked.
+        inputs: A batch as the model takes it, or a list of such batches.
+        components: "open" shows a component where its gate is open and counts it to the remainder elsewhere;
+            "all" shows every component everywhere.
+        collapse: One node for all components of a circuit at a site.
+        effects: "gradient" (gradient times contribution; exact where the way to the target is linear in the source),
+            "path" (averaged while all sources grow from nothing to what they are, so that they sum to the value) or
+            "removal" (an intervention for every source: a pass of the model each).
+        steps: Points of the path.
+        positions: Keep positions apart; None does so for a single input only.
+        outputs: Output indices to show; None takes all up to 64, else the 10 largest on average.
+        output_positions: Positions of the output to show; None takes all, or the last one where that is over 64 nodes.
+        edges: Largest number of edges kept, those with the largest share; None keeps all.
+        input_titles: Names of features or tokens, by index.
+        output_titles: Names of outputs, by index.
+
+    Returns:
+        A directed graph without cycles. SPEC.md lists all attributes.
+
+    Raises:
+        ValueError: For bad inputs, an output index out of range, or a model whose order cannot be traced.
+
+    Source:
+        Attribution with everything else held: param-decomp (2026) and circuit-tracer (Ameisen et al. 2025); the
+        cut at sites, the account and the statistics are ours.
+    """
+    if effects not in EFFECTS:
+        raise ValueError(f"effects must be one of {list(EFFECTS)}, got {effects!r}")
+    if components not in ("open", "all"):
+        raise ValueError(f"components must be 'open' or 'all', got {components!r}")
+    if steps < 1:
+        raise ValueError(f"steps must be at least 1, got {steps}")
+    batches = decomposition.read(inputs if isinstance(inputs, list) else [inputs])
+    n_inputs = sum(size(batch) for batch in batches)
+    apart = n_inputs == 1 if positions is None else positions
+    model, sites = decomposition.target, decomposition.sites
+    nodes = {site.path: _nodes(decomposition, site.path, collapse) for site in sites}
+    pieces = {path: own.pieces for path, own in nodes.items()}
+    circuits = {path: own.circuits for path, own in nodes.items() if own.circuits is not None}
+    first = select(batches[0], torch.arange(1, device=tensors(batches[0])[0].device))
+    check_order(model, sites, pieces, first)
+    probe = traced(model, sites, pieces, first)
+    names = _free("input", decomposition), _free("output", decomposition)
+    shown_outputs, at = _outputs(decomposition, batches, outputs, output_positions, apart)
+    tally = Tally(n_inputs, circuits)
+    for batch in _chunks(batches, probe):
+        trace = traced(model, sites, pieces, batch)
+        importances = _importances(decomposition, trace, nodes, components)
+        choice = Choice(
+            shown={path: [gate > 0 for gate in calls] for path, calls in importances.items()},
+            kind="circuit" if collapse else "component",
+            outputs=shown_outputs,
+            positions=apart,
+            output_positions=at,
+            input_name=names[0],
+            output_name=names[1],
+        )
+        scene = staged(model, sites, pieces, batch, trace, choice)
+        tally.nodes(scene, importances)
+        for block in _METHODS[effects](scene, steps):
+            tally.edges(block)
+    graph = tally.graph(edges, _evidence(effects, n_inputs))
+    _add_layers(graph, probe, decomposition)
+    cards(graph, decomposition, input_titles, output_titles)
+    graph.graph.update(_about(decomposition, batches, n_inputs, apart, effects, components, collapse))
+    add_influence(graph, decomposition.divergence.name)
+    return graph
+
+
+_METHODS: Mapping[str, Callable[[Scene, int], Iterator[Block]]] = {
+    "gradient": lambda scene, steps: _edges.by_gradient(scene),
+    "path": _edges.by_path,
+    "removal": lambda scene, steps: by_removal(scene),
+}
+
+
+def _evidence(effects: str, n_inputs: int) -> str:
+    """An intervention is known on its inputs; gradients and paths estimate it, and so does a mean."""
+    return "exact" if effects == "removal" and n_inputs == 1 else "estimate"
+
+
+class _Nodes(NamedTuple):
+    """What the nodes of a site stand for.
+
+    Attributes:
+        pieces: The components, or the circuits' parts of the site.
+        member: The node of every component.
+        circuits: Number of every node's circuit where nodes are circuits, else None.
+    """
+
+    pieces: Pieces
+    member: Int[Tensor, " component"]
+    circuits: list[int] | None
+
+
+def _nodes(decomposition: Decomposition, path: str, collapse: bool) -> _Nodes:
+    own = decomposition.parts[path].pieces
+    if not collapse:
+        return _Nodes(own, torch.arange(own.n, device=own.v.device), None)
+    number = {member: i for i, group in enumerate(decomposition.groups) for member in group}
+    every = torch.tensor([number[path, c] for c in range(own.n)], dtype=torch.long, device=own.v.device)
+    circuits, member = every.unique(return_inverse=True)
+    owner = member[own.owner]
+    order = owner.argsort(stable=True)
+    return _Nodes(Pieces(own.v[order], own.u[order], owner[order]), member, circuits.tolist())
+
+
+def _importances(
+    decomposition: Decomposition, trace: Trace, nodes: Mapping[str, _Nodes], components: str
+) -> dict[str, list[Tensor]]:
+    """Gates of components, or the largest of each circuit's; all 1 where all shall be shown."""
+    operands: dict[str, list] = {site.path: [] for site in decomposition.sites}
+    for event in trace.events:
+        operands[event.site.path].append(tuple(x.detach() if isinstance(x, Tensor) else x for x in event.operands))
+    with torch.no_grad():
+        gates = decomposition.gates_on(Record(trace.returned, operands))
+    found = {}
+    for path, calls in gates.items():
+        own = [torch.ones_like(gate) if components == "all" else gate for gate in calls]
+        member, n = nodes[path].member, nodes[path].pieces.n
+        found[path] = [
+            gate.new_zeros(*gate.shape[:-1], n).scatter_reduce(-1, member.expand(gate.shape), gate, "amax")
+            for gate in own
+        ]
+    return found
+
+
+def _chunks(batches: Sequence[Batch], probe: Trace) -> Iterator[Batch]:
+    """Batches small enough for memory; one input at a time where some site's rows belong to no single input."""
+    numbers = sum(event.rows.numel() + event.inner.numel() for event in probe.events)
+    most = max(1, _AT_ONCE // max(1, numbers))
+    if any(len(event.rows) != 1 for event in probe.events):
+        most = 1
+    for batch in batches:
+        index = torch.arange(size(batch), device=tensors(batch)[0].device)
+        for part in index.split(most):
+            yield batch if len(part) == len(index) else select(batch, part)
+
+
+def _free(name: str, decomposition: Decomposition) -> str:
+    """A name that no site has."""
+    while any(site.path == name or site.path.startswith(f"{name}.") for site in decomposition.sites):
+        name += "_"
+    return name
+
+
+@torch.no_grad()
+def _outputs(
+    decomposition: Decomposition,
+    batches: Sequence[Batch],
+    outputs: Sequence[int] | None,
+    positions: Sequence[int] | None,
+    apart: bool,
+) -> tuple[list[int], list[int] | None]:
+    """Output indices and positions to show."""
+    found = output_tensor(call(decomposition.target, batches[0]))
+    width, n_positions = found.shape[-1], found[0, ..., 0].numel()
+    for name, given, limit in (("outputs", outputs, width), ("output_positions", positions, n_positions)):
+        for one in given or ():
+            if isinstance(one, bool) or not isinstance(one, int) or not -limit <= one < limit:
+                raise ValueError(f"{name}: {one!r} is out of range; the model has {limit}, numbered 0 to {limit - 1}")
+    at = None if positions is None else sorted({one % n_positions for one in positions})
+    if outputs is not None:
+        chosen = sorted({one % width for one in outputs})
+    elif width <= _MOST_OUTPUTS:
+        chosen = list(range(width))
+    else:
+        kept = found.reshape(-1, n_positions, width)
+        kept = kept[:, -1] if at is None else kept[:, at].flatten(0, 1)
+        likely = kept.softmax(-1) if decomposition.divergence.name == "kl" else kept.abs()
+        chosen = sorted(likely.mean(0).topk(_TOP_OUTPUTS).indices.tolist())
+    if at is None and n_positions * len(chosen) > _MOST_OUTPUTS and n_positions > 1 and apart:
+        at = [n_positions - 1]
+    return chosen, at
+
+
+def _add_layers(graph: nx.DiGraph, probe: Trace, decomposition: Decomposition) -> None:
+    """Depth in the traced order: inputs 0, a call one more than the deepest call that it depends on."""
+    depth: list[int] = []
+    found = parents(probe)
+    for number in range(len(probe.events)):
+        depth.append(1 + max((depth[i] for i in found[number] if i >= 0), default=0))
+    last = 1 + max(depth, default=0)
+    place = {(event.site.path, event.call): (depth[number], number + 1) for number, event in enumerate(probe.events)}
+    for _, data in graph.nodes(data=True):
+        at = {"input": (0, 0), "output": (last, len(depth) + 1)}.get(data["kind"])
+        data["layer"], data["order"] = at or place[data["site"], data.get("call", 0)]
+
+
+def _about(
+    decomposition: Decomposition,
+    batches: Sequence[Batch],
+    n_inputs: int,
+    positions: bool,
+    effects: str,
+    components: str,
+    collapse: bool,
+) -> dict[str, Any]:
+    """The graph's own attributes."""
+    try:
+        package = version("weightdecomp")
+    except PackageNotFoundError:
+        package = "unknown"
+    tokens = [x for x in tensors(batches[0]) if not x.is_floating_point()]
+    single = {"tokens": tokens[0].flatten().tolist()} if n_inputs == 1 and tokens else {}
+    return {
+        "schema": "weightdecomp.graph",
+        "schema_version": SCHEMA_VERSION,
+        "package_version": package,
+        "model": tensor_digest(decomposition.target.state_dict()),
+        "decomposition": fingerprint(decomposition),
+        "inputs": {"n": n_inputs, "sha256": batch_digest(batches), "positions": positions, **single},
+        "divergence": decomposition.divergence.name,
+        "effects": effects,
+        "components": components,
+        "collapsed": collapse,
+        "sites": [site.path for site in decomposition.sites],
+        "pruning": [],
+        "scores": [],
+    }
+
+
+def fingerprint(decomposition: Decomposition) -> str:
+    """The sha256 of all components and gates."""
+    found = {}
+    for path, parts in decomposition.parts.items():
+        found |= {f"{path}|{name}": x for name, x in zip(("v", "u", "owner"), parts.pieces, strict=True)}
+        found[f"{path}|thresholds"] = parts.thresholds
+    return tensor_digest(found)
