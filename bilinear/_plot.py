@@ -31,7 +31,7 @@ def plot_spectra(found: Eigen, labels: Sequence[str] | None = None) -> Any:
     Raises:
         ModuleNotFoundError: Without matplotlib.
     """
-    figure, axes = _figure(1, 1, (6, 3.5))
+    figure, axes = _figure(1, 1, (6.0, 3.5))
     for index, values in enumerate(found.values.reshape(-1, found.k).cpu()):
         label = labels[index] if labels else str(index)
         (line,) = axes[0, 0].plot(values[values > 0].sort(descending=True)[0], marker=".", label=label)

@@ -134,7 +134,7 @@ class Truncation:
 
         .. math:: \mathbb E[(z^\top R z)^2] = 2\, \mathrm{tr}(R M R M) - 2 (m^\top R m)^2 + (\mathrm{tr} R M - shift)^2
 
-        with second moment M and mean m, which is known (from the constant) where the layer is affine, and taken as 0 else.
+        with second moment M and mean m, known (from the constant) where the layer is affine, else taken as 0.
 
         Args:
             x: Inputs whose second moment to take; None takes the data metric's own.
