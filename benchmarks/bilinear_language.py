@@ -178,8 +178,8 @@ def run(folder: Path | None, out: Path, smoke: bool) -> str:
     head = ("metric", *(f"k {k}" for k in result["kept"]))
     text = (
         f"KL (nats) of a {n_layers}-layer character model (width {d}, {loss:.3f} nats a character held out, "
-        f"{seconds:.0f} CPU seconds of training) after its last MLP keeps k components per logit, by execution; without that MLP "
-        f"{result['kl_without_the_mlp']:.4f}:\n\n{table(head, rows)}"
+        f"{seconds:.0f} CPU seconds of training) after its last MLP keeps k components per logit, by execution; "
+        f"without that MLP {result['kl_without_the_mlp']:.4f}:\n\n{table(head, rows)}"
     )
     write(out / "language.md", text + "\n")
     return text

@@ -151,9 +151,9 @@ def _table(result: dict[str, Any]) -> str:
     head = ("case", "ours ms", "eigh ms", "eigsh ms", "x eigh", "x eigsh", "peak MB", "of dense", "value error")
     large = result["hosvd"]
     note = (
-        f"Top {result['k']} eigenpairs, CPU milliseconds per output on one thread, float32, hidden 4d. The dense routes "
-        "are timed on a few outputs; the dense peak is what the route that holds all forms was seen to need for these, "
-        "times the outputs.\n\n"
+        f"Top {result['k']} eigenpairs, CPU milliseconds per output on one thread, float32, hidden 4d. The dense "
+        "routes are timed on a few outputs; the dense peak is what the route that holds all forms was seen to "
+        "need for these, times the outputs.\n\n"
         f"HOSVD of d = n = {large['d']}, h = {large['hidden']}: {large['seconds']['median']:.1f} CPU seconds, "
         f"{large['peak_bytes'] / 1e6:.0f} MB beyond the weights."
     )

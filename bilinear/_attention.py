@@ -165,7 +165,8 @@ class Attention:
     def to(self, *args: Any) -> "Attention":
         """The layer in another dtype or on another device."""
         values: Any = {one.name: getattr(self, one.name) for one in fields(self)}
-        return Attention(**{name: x.to(*args) if isinstance(x, Tensor) else x for name, x in values.items()})
+        moved: Any = {name: x.to(*args) if isinstance(x, Tensor) else x for name, x in values.items()}
+        return Attention(**moved)
 
 
 @dataclass(frozen=True, eq=False)
@@ -216,9 +217,9 @@ class BilinearAttention(nn.Module):
     def attention(self) -> Attention:
         """The layer with the module's present weights."""
         maps = (self.q1, self.k1, self.q2, self.k2, self.v)
-        heads = [one.weight.unflatten(0, (self.n_heads, -1)) for one in maps]
+        q1, k1, q2, k2, v = (one.weight.unflatten(0, (self.n_heads, -1)) for one in maps)
         o = self.o.weight.unflatten(1, (self.n_heads, -1)).movedim(1, 0)
-        return Attention(*heads, o, 1 / heads[0].shape[1], self.causal, self.rotary)
+        return Attention(q1, k1, q2, k2, v, o, 1 / q1.shape[1], self.causal, self.rotary)
 
     def forward(self, x: Float[Tensor, "*batch position d_model"]) -> Float[Tensor, "*batch position d_model"]:
         """The layer's output."""

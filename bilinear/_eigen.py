@@ -165,6 +165,8 @@ def eigen(
     n = layer.n_coordinates
     if k is not None:
         check_count("k", k, n, "coordinates of the layer")
+    if rtol is not None and not 0 < rtol < 1:
+        raise ValueError(f"rtol must be between 0 and 1, got {rtol}")
     if method not in ("auto", "dense", "lanczos"):
         raise ValueError(f"method must be 'auto', 'dense' or 'lanczos', got {method!r}")
     count = n if k is None else k

@@ -245,7 +245,8 @@ class Layer:
     def to(self, *args: Any) -> "Layer":
         """The layer in another dtype or on another device, as in `Tensor.to`."""
         values: Any = {one.name: getattr(self, one.name) for one in fields(self)}
-        return Layer(**{name: None if x is None else x.to(*args) for name, x in values.items()})
+        moved: Any = {name: None if x is None else x.to(*args) for name, x in values.items()}
+        return Layer(**moved)
 
     def double(self) -> "Layer":
         """The layer in float64."""

@@ -251,6 +251,8 @@ def test_what_eigen_cannot_do_is_refused():
         eigen(layer, k=4)
     with pytest.raises(TypeError, match="k must be an integer, got True"):
         eigen(layer, k=True)
+    with pytest.raises(ValueError, match="rtol must be between 0 and 1, got 0.0"):
+        eigen(layer, rtol=0.0)
     with pytest.raises(ValueError, match="method must be 'auto', 'dense' or 'lanczos', got 'qr'"):
         eigen(layer, method="qr")
     with pytest.raises(ValueError, match="metric='sphere' needs a layer behind a norm"):
