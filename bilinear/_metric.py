@@ -73,7 +73,8 @@ def data_metric(layer: Layer, inputs: Tensor | Iterable[Tensor], floor: float = 
         inputs: (..., d_in), or an iterable of such batches.
         floor: Variances are not taken below this share of their mean, so that the metric can be inverted on
             directions that the data never enters. Rounding errors of a full decomposition grow with the condition
-            of the metric.
+            of the metric. Floors of 1 to 10 keep nearly as much of the layer on data, and far tighter bounds
+            (`Truncation.certified`), since inputs are then short in the metric's noise directions too.
 
     Returns:
         The metric. Spectra in it are the same in every basis of the input, up to the floor.

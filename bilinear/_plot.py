@@ -34,8 +34,8 @@ def plot_spectra(found: Eigen, labels: Sequence[str] | None = None) -> Any:
     figure, axes = _figure(1, 1, (6.0, 3.5))
     for index, values in enumerate(found.values.reshape(-1, found.k).cpu()):
         label = labels[index] if labels else str(index)
-        (line,) = axes[0, 0].plot(values[values > 0].sort(descending=True)[0], marker=".", label=label)
-        axes[0, 0].plot(values[values < 0].sort()[0], marker=".", color=line.get_color())
+        (line,) = axes[0, 0].plot(values[values > 0].sort(descending=True)[0].numpy(), marker=".", label=label)
+        axes[0, 0].plot(values[values < 0].sort()[0].numpy(), marker=".", color=line.get_color())
     axes[0, 0].axhline(0, color="grey", linewidth=0.5)
     axes[0, 0].set(xlabel="rank among its sign", ylabel="eigenvalue", title=f"spectra, metric {found.metric.name}")
     axes[0, 0].legend(fontsize="small", ncols=2, title="direction")
@@ -74,6 +74,6 @@ def plot_vectors(found: Eigen, shape: tuple[int, int], k: int = 3, labels: Seque
 
 def _image(axis: Any, image: Tensor, value: float) -> None:
     size = float(image.abs().max()) or 1.0
-    axis.imshow(image.cpu(), cmap="RdBu", vmin=-size, vmax=size)
+    axis.imshow(image.cpu().numpy(), cmap="RdBu", vmin=-size, vmax=size)
     axis.set_title(f"{value:+.3g}", fontsize=7)
     axis.set(xticks=[], yticks=[])
