@@ -96,7 +96,7 @@ class Truncation:
         """
         check_inputs("x", x, self.layer.d_in, self.layer.w)
         coordinates = self.layer.coordinates(x).double()
-        kept = (self.squares(x) @ self.directions.T).double() - self.shift.double()
+        kept = self._kept(x)
         lower = torch.full_like(kept, -torch.inf)
         upper = torch.full_like(kept, torch.inf)
         for one in self.dropped:
@@ -104,6 +104,17 @@ class Truncation:
             lower, upper = torch.maximum(lower, kept + low), torch.minimum(upper, kept + high)
         slack = 1e2 * torch.finfo(x.dtype).eps * self._size(coordinates)
         return Interval((lower - slack).to(x), (upper + slack).to(x))
+
+    def _kept(self, x: Tensor) -> Tensor:
+        """What the kept components of each direction's own form give along it.
+
+        Not the output of `squares`: where directions are linearly dependent, these write the closest outputs to all.
+        """
+        parts = self.squares.activations(x).unflatten(-1, (len(self.directions), self.k)).double()
+        kept = (parts * self.values[:, : self.k].double()).sum(-1)
+        if self.layer.norm is None or self.layer.skip is None:
+            return kept
+        return kept + (self.layer.beside(x) @ self.directions.T).double()
 
     def _size(self, coordinates: Tensor) -> Tensor:
         """Size of the terms that outputs are sums of, to which rounding is relative."""
@@ -130,7 +141,9 @@ class Truncation:
 
     @torch.no_grad()
     def expected_error(self, x: Tensor | None = None) -> Float[Tensor, " direction"]:
-        r"""Expected squared error of every direction if the coordinates were Gaussian with the data's second moment.
+        r"""Expected squared error along every direction for Gaussian coordinates with the data's second moment.
+
+        The error is that of the truncated layer as it runs.
 
         .. math:: \mathbb E[(z^\top R z)^2] = 2\, \mathrm{tr}(R M R M) - 2 (m^\top R m)^2 + (\mathrm{tr} R M - shift)^2
 
@@ -151,7 +164,8 @@ class Truncation:
         # With a constant among the coordinates the mean is known: it is no Gaussian, and its own square counts once.
         mean = sigma[0] / sigma[0, 0] if self.layer.affine else torch.zeros_like(sigma[0])
         found = []
-        for row, shift in zip(self.directions, self.shift.double(), strict=True):
+        bias = torch.zeros_like(self.layer.d[:, 0]) if self.squares.bias is None else self.squares.bias
+        for row, shift in zip(self.directions, (self.directions @ bias).double(), strict=True):
             rest = self._remainder(row[None])[0]
             product = rest @ sigma
             variance = 2 * (product * product.T).sum() - 2 * (mean @ rest @ mean) ** 2

@@ -27,6 +27,19 @@ def test_the_full_output_is_in_the_interval(
     assert (lower <= full).all() and (full <= upper).all()
 
 
+@given(**cases, k=st.integers(1, 3))
+@settings(max_examples=30)
+def test_intervals_hold_along_dependent_directions(d_in: int, hidden: int, d_out: int, kind: str, seed: int, k: int):
+    """Centred outputs sum to 0, and seven directions of fewer outputs overlap."""
+    layer, x = bilinear_layer(d_in, hidden, d_out, kind, seed), drawn(40, d_in, seed=seed + 1)
+
+    for directions in (centred(layer), drawn(7, d_out, seed=seed + 2)):
+        lower, upper = truncate(layer, min(k, layer.n_coordinates), directions).interval(x)
+
+        full = layer(x) @ directions.T
+        assert (lower <= full).all() and (full <= upper).all()
+
+
 def test_intervals_shrink_to_the_output_when_all_is_kept():
     layer, x = bilinear_layer(5, 8, 3, "biases"), drawn(20, 5)
 
