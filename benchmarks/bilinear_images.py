@@ -96,6 +96,9 @@ def _measured(data: Images, model: Classifier, smoke: bool, thorough: bool) -> d
         record["accuracy_by_kept"][name] = [accuracy(pairs.top(k).squares()(x), data.test_labels) for k in kept]
         cuts = {k: truncate(layer, k, centred(layer), metric=metric) for k in _CERTIFIED}
         record["certified"][name] = {str(k): cut.certified(x).share for k, cut in cuts.items()}
+    metric = _metrics(data, layer)["data"]
+    refitted = truncate(layer, 10, centred(layer), metric=metric, refit=True, recentre=True)
+    record["refitted_10_lost"] = full - accuracy(refitted(x), data.test_labels)
     found = diagnosis(layer, k=5, inputs=data.train.double())
     record["pixel_count"] = float(found.pixel_count.mean())
     record["outlier_share"] = float(found.outlier_share.mean())
@@ -199,13 +202,21 @@ def _tables(name: str, found: dict[str, Any]) -> str:
             lost = [[run["accuracy"] - a for a in run["accuracy_by_kept"][metric]] for run in runs]
             cells = [f"{100 * spread(column).median:.2f}" for column in zip(*lost, strict=True)]
             certain = [_certified(runs, metric) if metric != "embedding" else ""]
+            refitted = f"{100 * spread([run['refitted_10_lost'] for run in runs]).median:.2f}"
+            certain.append(refitted if metric == "data" else "")
             rows.append([f"{setting}, {metric}", f"{100 * spread([run['accuracy'] for run in runs]).median:.2f}"])
             rows[-1] += cells + certain
         for kind, one in runs[0].get("shared", {}).items():
             cells = (100 * one["accuracy_lost"], one["relative_error"], one["agreement"], one["cancellation"])
             shared.append([f"{setting}, {kind}", *(f"{cell:.3f}" for cell in cells), f"{one['cpu_seconds']:.1f}"])
-    count = len(rows[0]) - 3
-    head = ["regularisation, metric", "accuracy %", *(f"-{k}" for k in KEPT[:count]), "certified % at 15/30"]
+    count = len(rows[0]) - 4
+    head = [
+        "regularisation, metric",
+        "accuracy %",
+        *(f"-{k}" for k in KEPT[:count]),
+        "certified % at 15/30",
+        "-10 refitted",
+    ]
     first = f"{name}: accuracy lost (percentage points, median of seeds) by components kept per class"
     second = f"{name}: squares shared by all classes"
     columns = ("regularisation, metric, squares", "lost points", "relative error", "agreement", "cancellation", "CPU s")

@@ -13,7 +13,7 @@ def _figure(rows: int, columns: int, size: tuple[float, float]) -> tuple[Any, An
     try:
         from matplotlib.figure import Figure
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError("plots need matplotlib, which is not installed: pip install matplotlib") from error
+        raise ModuleNotFoundError("plots need matplotlib: pip install 'weightdecomp[demo]'") from error
     figure = Figure(figsize=size, layout="constrained")
     return figure, figure.subplots(rows, columns, squeeze=False)
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from bilinear._checks import check_count, check_inputs
 from bilinear._eigen import dense_pairs
-from bilinear._gram import as_double
+from bilinear._gram import as_double, traces
 from bilinear._layer import Direction, Factors, Layer, forms
 from bilinear._metric import Metric, moment, resolved
 from bilinear._squares import Squares, squares_of
@@ -46,14 +46,12 @@ class _Dropped(NamedTuple):
         basis: Orthonormal columns, in whitened coordinates, of which the dropped part is (nearly) free.
         low: Smallest eigenvalue of the dropped part on the complement of the basis.
         high: Largest one.
-        leak: Bound on the size of what the dropped part has on the basis and across.
     """
 
     metric: Metric
     basis: Float[Tensor, "direction coordinate k"]
     low: Float[Tensor, " direction"]
     high: Float[Tensor, " direction"]
-    leak: Float[Tensor, " direction"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,7 +64,6 @@ class Truncation:
         k: Components kept per direction.
         metric: In which they are the largest.
         values: All eigenvalues per direction in that metric, largest |value| first; the first k are kept.
-        shift: Per direction, the expected dropped output that was added back as a constant (0 unless recentred).
         layer: The full layer.
     """
 
@@ -75,7 +72,6 @@ class Truncation:
     k: int
     metric: Metric
     values: Float[Tensor, "direction coordinate"]
-    shift: Float[Tensor, " direction"]
     layer: Layer
     dropped: tuple[_Dropped, ...]
 
@@ -194,6 +190,7 @@ def truncate(
     *,
     metric: str | Metric | Tensor | None = None,
     recentre: bool = False,
+    refit: bool = False,
 ) -> Truncation:
     """Keep the k eigenpairs of largest size in every direction.
 
@@ -207,7 +204,9 @@ def truncate(
             share, which softmax does not see.
         metric: As in `eigen`.
         recentre: Add the expected value of the dropped part under the data metric back as a constant, which removes
-            the second term of `expected_error`. Needs a data metric.
+            the last term of `expected_error`. Needs a data metric.
+        refit: Let every direction use the kept vectors of all directions, with the writes that come closest to the
+            layer in the metric (closed form). Certificates are those of the eigenpairs, and hold all the same.
 
     Returns:
         The truncation. In another metric than the Euclidean one, intervals are certified in both.
@@ -230,24 +229,39 @@ def truncate(
         dropped.append(_own_bound(measure, kept[-1], padded, k))
     every, vectors = torch.cat(values), torch.cat(kept)
     reads = measure.vectors(vectors)
-    # Whitened, the second moment is the identity: the expected dropped output is the trace of what is dropped.
-    shift = every[:, k:].sum(1) if recentre else torch.zeros_like(every[:, 0])
     back = torch.linalg.pinv(rows)
-    writes = (back[:, :, None] * every[None, :, :k]).flatten(1)
-    origin = "exact" if k == n else "truncated"
-    bias = back @ shift if recentre else None
-    squares = squares_of(layer, reads.permute(1, 0, 2).flatten(1), writes, origin, bias)
+    flat = vectors.permute(1, 0, 2).flatten(1)
+    if refit:
+        writes = back @ rows @ _closest_writes(factors, flat)
+    else:
+        writes = (back[:, :, None] * every[None, :, :k]).flatten(1)
+    # Whitened, the second moment is the identity: the expected dropped output is the trace of what is dropped.
+    rest = back @ (rows @ traces(factors)) - writes @ flat.square().sum(0)
+    origin = "exact" if k == n else "fitted" if refit else "truncated"
+    squares = squares_of(layer, measure.vectors(flat), writes, origin, rest if recentre else None)
     bounds = [_Dropped(measure, *(torch.cat(one) for one in list(zip(*dropped, strict=True))[1:]))]
     if measure.root is not None:
         bounds.append(_euclidean_bound(layer, rows, reads, every[:, :k]))
-    return Truncation(squares, rows, k, measure, every, shift, layer, tuple(bounds))
+    return Truncation(squares, rows, k, measure, every, layer, tuple(bounds))
+
+
+def _closest_writes(factors: Factors, vectors: Tensor) -> Float[Tensor, "d_out component"]:
+    """The writes of given squares whose sum comes closest to a layer, in least squares over the tensor."""
+    w, v, d = as_double(factors)
+    s = vectors.double()
+    s = s / s.norm(dim=0).clamp_min(torch.finfo(s.dtype).tiny)
+    target = d @ ((w @ s) * (v @ s))
+    # Kept vectors may repeat or be zero; then the writes of smallest size.
+    writes = torch.linalg.lstsq((s.T @ s).square().cpu(), target.T.cpu(), driver="gelsd", rcond=1e-10).solution.T
+    sizes = vectors.double().square().sum(0).clamp_min(torch.finfo(s.dtype).tiny)
+    return (writes.to(s) / sizes).to(vectors)
 
 
 def _own_bound(measure: Metric, vectors: Tensor, values: Tensor, k: int) -> _Dropped:
     """In the metric of the truncation the dropped part is exactly free of the kept vectors."""
     rest = values[:, k:] if k < values.shape[1] else values[:, :1] * 0
     low, high = rest.amin(1).double(), rest.amax(1).double()
-    return _Dropped(measure, vectors.double(), low, high, torch.zeros_like(low))
+    return _Dropped(measure, vectors.double(), low, high)
 
 
 def _euclidean_bound(layer: Layer, rows: Tensor, reads: Tensor, values: Tensor) -> _Dropped:
@@ -261,7 +275,7 @@ def _euclidean_bound(layer: Layer, rows: Tensor, reads: Tensor, values: Tensor) 
         high.append(spectrum[-1])
     ends = torch.stack(low), torch.stack(high)
     empty = reads.new_zeros(len(rows), reads.shape[1], 0).double()
-    return _Dropped(Metric("input"), empty, *ends, torch.zeros_like(ends[0]))
+    return _Dropped(Metric("input"), empty, *ends)
 
 
 def _outside(bound: _Dropped, coordinates: Tensor) -> tuple[Tensor, Tensor]:

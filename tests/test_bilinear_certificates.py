@@ -1,10 +1,12 @@
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from bilinear import Layer, Norm, centred, data_metric, output_range, truncate
+from bilinear import Layer, Norm, centred, data_metric, distance, output_range, truncate
 from tests.bilinear_models import bilinear_layer, cases, term_scale
 from tests.models import drawn
 
@@ -111,6 +113,27 @@ def test_the_expected_error_is_that_of_gaussian_inputs():
         # Fourth powers of normal numbers vary much; five standard errors.
         error = 5 * sampled.std(0) / len(x) ** 0.5
         assert ((cut.expected_error(x) - sampled.mean(0)).abs() <= error).all()
+
+
+def test_refitted_writes_come_closest_to_the_layer():
+    layer, x = bilinear_layer(6, 9, 4, "biases"), drawn(60, 6)
+    metric = data_metric(layer, x)
+    plain, refitted = (truncate(layer, 2, metric=metric, refit=flag) for flag in (False, True))
+
+    assert distance(layer, refitted.squares.layer(), metric) < 0.95 * distance(layer, plain.squares.layer(), metric)
+    for change in (1e-3, -1e-3):
+        moved = replace(refitted.squares, writes=refitted.squares.writes + change * drawn(4, 8, seed=3))
+        assert distance(layer, refitted.squares.layer(), metric) < distance(layer, moved.layer(), metric)
+    found, full = refitted.certified(x), layer(x)
+    lower, upper = refitted.interval(x)
+    assert (lower <= full).all() and (full <= upper).all()
+    assert torch.equal(found.argmax[found.certain], full.argmax(1)[found.certain])
+
+
+def test_refitting_what_is_kept_in_full_changes_nothing():
+    layer, x = bilinear_layer(4, 6, 2), drawn(20, 4)
+
+    assert_close(truncate(layer, 4, refit=True)(x), layer(x))
 
 
 def test_recentring_never_raises_the_expected_error():
