@@ -10,8 +10,9 @@ from torch import Tensor
 
 from bilinear._checks import check_count
 from bilinear._eigen import eigen
+from bilinear._factors import Factors
 from bilinear._gram import as_double, form_norms
-from bilinear._layer import Factors, Layer
+from bilinear._layer import Layer
 from bilinear._metric import Metric, resolved
 from bilinear._squares import Squares, squares_of
 

@@ -7,8 +7,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from bilinear._checks import check_count
+from bilinear._factors import Factors, forms
 from bilinear._lanczos import Pairs, lanczos, operator
-from bilinear._layer import Direction, Factors, Layer, forms, one_direction
+from bilinear._layer import Direction, Layer, one_direction
 from bilinear._metric import Metric, resolved
 from bilinear._squares import Squares, squares_of
 
@@ -55,9 +56,10 @@ class Eigen:
 
     def __call__(self, x: Tensor) -> Float[Tensor, "*batch_direction"]:
         """The output along the directions that these pairs make, a skip path around a norm included."""
-        beside = self.layer.beside(x) @ self.directions.T if self.layer.skip is not None and self.layer.norm else 0
         found = self.activations(x).sum(-1)
-        return found if isinstance(beside, int) else found + beside.reshape(found.shape)
+        if self.layer.norm is None or self.layer.skip is None:
+            return found
+        return found + (self.layer.beside(x) @ self.directions.T).reshape(found.shape)
 
     def top(self, k: int) -> "Eigen":
         """The k largest pairs of each direction."""

@@ -9,7 +9,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from bilinear._checks import check_count
-from bilinear._layer import Factors, Layer, forms, same_sphere
+from bilinear._factors import Factors, forms
+from bilinear._layer import Layer, same_sphere
 from bilinear._metric import Metric, resolved
 
 _ROWS = 128  # neurons of a block; a block holds a few (rows, hidden) matrices

@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from bilinear._layer import Factors
+from bilinear._factors import Factors
 
 _FIRST, _EVERY = 24, 8  # steps before the first test of convergence, and at least between tests
 _GROWTH = 1.2  # and in proportion, since a test costs the cube of the steps

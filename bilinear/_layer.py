@@ -2,31 +2,18 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from bilinear._checks import check_inputs, check_tensor
+from bilinear._factors import Factors, forms, joined, linear_factors
 from bilinear._modules import BilinearMLP, NormModule
 from bilinear._norm import Norm
 
 Direction = Any  # int, sequence of floats or Tensor; checked by `Layer.directions`
-
-
-class Factors(NamedTuple):
-    r"""A layer with nothing but products: :math:`y = d[(w \tilde x) \circ (v \tilde x)]`.
-
-    Attributes:
-        w: (hidden, coordinate).
-        v: (hidden, coordinate).
-        d: (d_out, hidden).
-    """
-
-    w: Float[Tensor, "hidden coordinate"]
-    v: Float[Tensor, "hidden coordinate"]
-    d: Float[Tensor, "d_out hidden"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -146,7 +133,7 @@ class Layer:
             linear = torch.cat([linear, self.skip], 1)
         if not linear.any():
             return Factors(w, v, self.d)
-        return _joined(Factors(w, v, self.d), _linear_factors(linear, self.n_coordinates))
+        return joined(Factors(w, v, self.d), linear_factors(linear, self.n_coordinates))
 
     def directions(self, direction: Direction | None) -> Float[Tensor, "direction d_out"]:
         """Output directions as rows; an integer is that output, None all of them.
@@ -267,12 +254,6 @@ class Layer:
         return module.eval()
 
 
-def forms(factors: Factors, directions: Tensor) -> Float[Tensor, "direction coordinate coordinate"]:
-    """Symmetric forms of several directions. Never an outer product over neurons: one matrix product a direction."""
-    found = torch.stack([(factors.w.T * row) @ factors.v for row in directions @ factors.d])
-    return (found + found.mT) / 2
-
-
 def one_direction(direction: Direction | None) -> bool:
     """Whether one direction was asked for, without a leading axis."""
     if isinstance(direction, Tensor):
@@ -343,20 +324,6 @@ def _without_norm_affine(layer: Layer) -> Layer:
         v_bias=biases[1],
         norm=norm.without_affine(),
     )
-
-
-def _linear_factors(linear: Float[Tensor, "d_out _"], n: int) -> Factors:
-    """A linear map of the coordinates as products with the constant; one neuron an output, or a column if fewer."""
-    d_out, width = linear.shape
-    eye = torch.eye(max(n, d_out), dtype=linear.dtype, device=linear.device)
-    if width < d_out:
-        return Factors(eye[:1, :n].expand(width, n), eye[:width, :n], linear)
-    v = torch.cat([linear, linear.new_zeros(d_out, n - width)], 1)
-    return Factors(eye[:1, :n].expand(d_out, n), v, eye[:d_out, :d_out])
-
-
-def _joined(a: Factors, b: Factors) -> Factors:
-    return Factors(torch.cat([a.w, b.w]), torch.cat([a.v, b.v]), torch.cat([a.d, b.d], 1))
 
 
 def _affine(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

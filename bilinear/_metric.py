@@ -8,7 +8,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from bilinear._checks import check_tensor
-from bilinear._layer import Factors, Layer
+from bilinear._factors import Factors
+from bilinear._layer import Layer
 
 
 @dataclass(frozen=True, eq=False)

@@ -9,7 +9,8 @@ from jaxtyping import Float
 from scipy.optimize import brentq
 from torch import Tensor
 
-from bilinear._layer import Direction, Layer, forms
+from bilinear._factors import forms
+from bilinear._layer import Direction, Layer
 
 _HARD = 1e-10  # share of the linear part below which it does not reach the top eigenvectors
 

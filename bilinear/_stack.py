@@ -11,8 +11,9 @@ from torch import Tensor
 
 from bilinear._checks import check_tensor
 from bilinear._eigen import Eigen
+from bilinear._factors import Factors, forms
 from bilinear._gram import as_double, gaussian_inner
-from bilinear._layer import Factors, Layer, forms
+from bilinear._layer import Layer
 from bilinear._squares import Squares
 
 _MOST = 1 << 27  # numbers of an intermediate

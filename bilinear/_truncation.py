@@ -9,8 +9,9 @@ from torch import Tensor
 
 from bilinear._checks import check_count, check_inputs
 from bilinear._eigen import dense_pairs
+from bilinear._factors import Factors, forms
 from bilinear._gram import as_double, traces
-from bilinear._layer import Direction, Factors, Layer, forms
+from bilinear._layer import Direction, Layer
 from bilinear._metric import Metric, moment, resolved
 from bilinear._squares import Squares, squares_of
 

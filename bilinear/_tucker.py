@@ -8,8 +8,9 @@ from torch import Tensor
 
 from bilinear._checks import check_count
 from bilinear._eigen import dense_pairs
+from bilinear._factors import Factors, forms
 from bilinear._gram import as_double, form_norms, hosvd
-from bilinear._layer import Factors, Layer, forms
+from bilinear._layer import Layer
 from bilinear._metric import Metric, resolved
 from bilinear._squares import Squares, squares_of
 
