@@ -147,6 +147,17 @@ def test_lanczos_finds_multiple_and_missing_eigenvalues(kind: str):
     assert_close(q @ found.vectors, found.vectors * found.values, rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_a_second_copy_of_the_largest_eigenvalue_is_not_missed(seed: int):
+    """Both pairs that the Krylov space holds converge at once; only the search beside them meets the copy."""
+    values = torch.cat([torch.tensor([3.0, 3.0, 1.0]), 0.1 * torch.linspace(-1, 1, 397)]).double()
+    basis = torch.linalg.qr(drawn(400, 400))[0].T.contiguous()
+
+    found = eigen(Layer(basis, basis, values[None]), 0, k=2, method="lanczos", seed=seed)
+
+    assert_close(found.values, torch.tensor([3.0, 3.0]).double(), rtol=1e-9, atol=0)
+
+
 @pytest.mark.parametrize(("d", "hidden"), [(1, 1), (1, 5), (6, 1), (40, 3)])
 def test_small_and_rank_deficient_layers(d: int, hidden: int):
     layer = bilinear_layer(d, hidden, 2)
