@@ -10,7 +10,7 @@ from bilinear._eigen import Eigen
 
 @torch.no_grad()
 def adversarial_directions(
-    found: Eigen, output: int, *, k: int = 10, n: int = 3, specific: bool = True
+    found: Eigen, output: int, *, k: int = 10, n: int = 3, specific: bool = False
 ) -> Float[Tensor, "n d_in"]:
     """Input directions of length 1 that raise one output: the mean of them is a mask to add to inputs.
 
@@ -20,7 +20,8 @@ def adversarial_directions(
         k: Positive eigenvectors per output that are kept apart.
         n: Directions to return, largest eigenvalue first.
         specific: Take the rows of the pseudo-inverse of all outputs' eigenvectors, which avoid those of the other
-            outputs: more targeted, and weaker, than the eigenvectors themselves.
+            outputs: far weaker than the eigenvectors themselves, and on the classifiers of `benchmarks.bilinear`
+            without effect.
 
     Returns:
         Directions, each with the sign that makes its mean entry positive (an eigenvector's own sign means nothing).
