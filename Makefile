@@ -27,6 +27,7 @@ bench: $(INSTALLED)
 	$(RUN) -m benchmarks.speed
 	$(RUN) -m benchmarks.recovery
 	$(RUN) -m benchmarks.graphs
+	$(RUN) -m benchmarks.bilinear
 
 clean:
 	rm -rf $(VENV) demo build dist *.egg-info .pytest_cache .ruff_cache .hypothesis benchmarks/.cache

@@ -1,5 +1,6 @@
 """Decompose a trained model's weights into circuits, at a stated damage under the worst ablation found."""
 
+from weightdecomp._assembled import assemble
 from weightdecomp._circuits import Circuit
 from weightdecomp._config import Config
 from weightdecomp._decompose import NumericalWarning, decompose
@@ -16,6 +17,7 @@ __all__ = [
     "Ledger",
     "NumericalWarning",
     "Verification",
+    "assemble",
     "decompose",
     "load",
 ]

@@ -1,0 +1,96 @@
+"""Normalisation in front of a layer: RMSNorm and LayerNorm, exactly."""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from bilinear._checks import check_tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Norm:
+    r"""RMSNorm or LayerNorm, split into a projection to the norm sphere and an affine map.
+
+    .. math:: \mathrm{norm}(x) = \gamma \circ \hat x + \beta, \qquad \|\hat x\|^2 = d \cdot \frac{s}{s + \epsilon} \le d
+
+    with s the mean square of x (RMSNorm) or of x minus its mean (LayerNorm; then the entries of x-hat sum to 0).
+
+    Attributes:
+        kind: "rms" or "layer".
+        eps: Added to the mean square; 0 puts x-hat on the sphere itself.
+        gain: gamma, (d_in,); None is 1.
+        bias: beta, (d_in,); None is 0.
+    """
+
+    kind: str
+    eps: float = 0.0
+    gain: Tensor | None = None
+    bias: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse what is no norm."""
+        if self.kind not in ("rms", "layer"):
+            raise ValueError(f"kind must be 'rms' or 'layer', got {self.kind!r}")
+        if not 0 <= self.eps < float("inf"):
+            raise ValueError(f"eps must be finite and not negative, got {self.eps}")
+        for name in ("gain", "bias"):
+            if getattr(self, name) is not None:
+                check_tensor(f"norm.{name}", getattr(self, name), (None,))
+
+    def unit(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_in"]:
+        """x-hat: the input on the norm sphere, before gain and bias. Inputs of length 0 stay 0."""
+        if self.kind == "layer":
+            x = x - x.mean(-1, keepdim=True)
+        square = x.square().mean(-1, keepdim=True) + self.eps
+        # Only where eps is 0 can this be 0, and then x is.
+        return x / torch.where(square > 0, square, torch.ones_like(square)).sqrt()
+
+    def __call__(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_in"]:
+        """The normalised input, gain and bias included."""
+        x = self.unit(x)
+        x = x if self.gain is None else x * self.gain
+        return x if self.bias is None else x + self.bias
+
+    def folded(self, weight: Float[Tensor, "hidden d_in"]) -> Float[Tensor, "hidden d_in"]:
+        """The weight that acts on x-hat as the given one acts on gain * x-hat; centred for LayerNorm."""
+        weight = weight if self.gain is None else weight * self.gain
+        return weight - weight.mean(1, keepdim=True) if self.kind == "layer" else weight
+
+    def offset(self, weight: Float[Tensor, "hidden d_in"]) -> Float[Tensor, " hidden"] | None:
+        """What the norm's bias adds behind the weight."""
+        return None if self.bias is None else weight @ self.bias
+
+    def without_affine(self) -> "Norm":
+        """The projection to the sphere alone."""
+        return Norm(self.kind, self.eps)
+
+    def to(self, *args: object) -> "Norm":
+        """The norm with its tensors on another dtype or device."""
+        moved = [None if x is None else x.to(*args) for x in (self.gain, self.bias)]  # type: ignore[arg-type]
+        return Norm(self.kind, self.eps, *moved)
+
+
+def norm_of(module: nn.Module) -> Norm:
+    """The norm that a module computes.
+
+    Args:
+        module: `nn.RMSNorm`, `nn.LayerNorm`, or a module of a class named like them (Llama's, say) with `weight` and an
+            epsilon under a usual name.
+
+    Raises:
+        TypeError: For any other module, or one that normalises more than the last dimension.
+    """
+    shape = getattr(module, "normalized_shape", (0,))
+    if len(shape) != 1:
+        raise TypeError(f"the norm is over {len(shape)} dimensions, expected the last one alone")
+    name = type(module).__name__
+    kind = "rms" if "RMSNorm" in name else "layer" if "LayerNorm" in name else None
+    if kind is None:
+        raise TypeError(f"norm must be an RMSNorm or a LayerNorm, got {name}; build a bilinear.Norm for your own")
+    eps = next((getattr(module, one) for one in ("eps", "variance_epsilon", "epsilon") if hasattr(module, one)), None)
+    gain, bias = getattr(module, "weight", None), getattr(module, "bias", None)
+    if eps is None:  # nn.RMSNorm's default
+        eps = torch.finfo(gain.dtype if isinstance(gain, Tensor) else torch.get_default_dtype()).eps
+    return Norm(kind, float(eps), *(None if x is None else x.detach() for x in (gain, bias)))
