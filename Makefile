@@ -12,7 +12,7 @@ demo: $(INSTALLED)
 	$(RUN) -m weightdecomp demo --out demo
 
 test: $(INSTALLED)
-	$(RUN) -m pytest -m "not slow and not gpu"
+	$(RUN) -m pytest -n auto -m "not slow and not gpu"
 
 check: $(INSTALLED)
 	$(VENV)/bin/ruff check
