@@ -1,6 +1,9 @@
 """Decompose a trained model's weights into circuits, at a stated damage under the worst ablation found."""
 
+from weightdecomp import baselines
 from weightdecomp._circuits import Circuit
+from weightdecomp._compare import compare
+from weightdecomp._comparison import Comparison
 from weightdecomp._config import Config
 from weightdecomp._decompose import NumericalWarning, decompose
 from weightdecomp._decomposition import Component, Decomposition
@@ -10,12 +13,15 @@ from weightdecomp._verification import Verification
 
 __all__ = [
     "Circuit",
+    "Comparison",
     "Component",
     "Config",
     "Decomposition",
     "Ledger",
     "NumericalWarning",
     "Verification",
+    "baselines",
+    "compare",
     "decompose",
     "load",
 ]
