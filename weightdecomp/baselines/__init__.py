@@ -9,10 +9,14 @@ from weightdecomp.baselines._bank import Bank, Fitted
 from weightdecomp.baselines._closed import ICA, PCA, Neurons
 from weightdecomp.baselines._clusters import NMF, KMeans, Polytopes
 from weightdecomp.baselines._data import Data, Inapplicable
+from weightdecomp.baselines._gradients import AttributionDictionary, EndToEndSAE, LocalInteractionBasis
+from weightdecomp.baselines._mdl import MDLSAE
 from weightdecomp.baselines._method import Method
 from weightdecomp.baselines._rules import L1, BatchTopK, JumpReLU, TopK
 from weightdecomp.baselines._sae import SAE, Matryoshka
 from weightdecomp.baselines._train import Training
+from weightdecomp.baselines._transcoder import Crosscoder, CrossLayerTranscoder, Transcoder
+from weightdecomp.baselines._weights import SPD, SVD
 
 ALL: tuple[Method, ...] = (
     Neurons(),
@@ -26,6 +30,17 @@ ALL: tuple[Method, ...] = (
     SAE(rule=BatchTopK()),
     SAE(rule=JumpReLU()),
     Matryoshka(),
+    MDLSAE(),
+    EndToEndSAE(),
+    EndToEndSAE(downstream=True),
+    Transcoder(),
+    Transcoder(skip=True),
+    Crosscoder(),
+    CrossLayerTranscoder(),
+    LocalInteractionBasis(),
+    AttributionDictionary(),
+    SVD(),
+    SPD(),
 )
 """Every method with its defaults."""
 
@@ -33,6 +48,8 @@ NAMES = tuple(method.name for method in ALL)
 """Their names, as `compare(methods=[...])` takes them."""
 
 __all__ = [
-    "ALL", "Bank", "BatchTopK", "Data", "Fitted", "ICA", "Inapplicable", "JumpReLU", "KMeans", "L1", "Matryoshka",
-    "Method", "NAMES", "NMF", "Neurons", "PCA", "Polytopes", "SAE", "TopK", "Training", "protocols",
+    "ALL", "AttributionDictionary", "Bank", "BatchTopK", "CrossLayerTranscoder", "Crosscoder", "Data", "EndToEndSAE",
+    "Fitted", "ICA", "Inapplicable", "JumpReLU", "KMeans", "L1", "LocalInteractionBasis", "MDLSAE", "Matryoshka",
+    "Method", "NAMES", "NMF", "Neurons", "PCA", "Polytopes", "SAE", "SPD", "SVD", "TopK", "Training", "Transcoder",
+    "protocols",
 ]  # fmt: skip

@@ -4,6 +4,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -191,5 +192,5 @@ def independent(x: Float[Tensor, "row d_in"], seed: int) -> tuple[Tensor, Tensor
         warnings.simplefilter("ignore", ConvergenceWarning)
         found = FastICA(whiten="unit-variance", random_state=seed).fit(inside)
     read = torch.from_numpy(found.components_).to(span) @ span
-    write = torch.from_numpy(found.mixing_.T).to(span) @ span
+    write = torch.from_numpy(np.asarray(found.mixing_).T).to(span) @ span
     return read.to(x), write.to(x), mean

@@ -66,7 +66,7 @@ def _factors(x: Float[Tensor, "row d_in"], n: int, seed: int) -> Float[Tensor, "
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)
         start = "nndsvda" if n <= min(x.shape) else "random"
-        found = Decomposer(n, init=start, random_state=seed).fit(x.double().cpu().numpy())
+        found = Decomposer(init=start, random_state=seed).set_params(n_components=n).fit(x.double().cpu().numpy())
     parts = torch.from_numpy(found.components_).to(x)
     return parts[parts.norm(dim=1) > 0]
 
@@ -120,7 +120,7 @@ class KMeans:
             with warnings.catch_warnings():
                 # Fewer distinct rows than clusters leaves some empty, which the ledger does not charge.
                 warnings.simplefilter("ignore", ConvergenceWarning)
-                found = Clusterer(n, n_init=1, random_state=seed).fit(x.double().cpu().numpy())
+                found = Clusterer(n, random_state=seed).set_params(n_init=1).fit(x.double().cpu().numpy())
             centres = torch.from_numpy(found.cluster_centers_).to(x)
             return prototypes(site, centres)
 

@@ -27,6 +27,7 @@ class Coder:
         offset: Written always.
         rule: Its sparsity.
         state: Of the rule.
+        skip: A linear map beside the latents, or None.
     """
 
     encoder: Float[Tensor, "unit d_in"]
@@ -36,6 +37,7 @@ class Coder:
     offset: Float[Tensor, " d_out"]
     rule: Rule
     state: Tensor
+    skip: Float[Tensor, "d_out d_in"] | None = None
 
     def pre(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch unit"]:
         """Pre-activations."""
@@ -45,11 +47,16 @@ class Coder:
         """Latents as after training."""
         return self.rule.latents(self.pre(x), self.state, False)
 
+    def written(self, latents: Float[Tensor, "*batch unit"], x: Float[Tensor, "*batch d_in"]) -> Tensor:
+        """Output rows."""
+        rows = latents @ self.decoder + self.offset
+        return rows if self.skip is None else rows + (x - self.centre) @ self.skip.T
+
     @property
     def trained(self) -> list[Tensor]:
         """What gradients change; the centre is not."""
-        found = [self.encoder, self.bias, self.decoder, self.offset]
-        return [x for x in (*found, self.state) if x.requires_grad]
+        found = (self.encoder, self.bias, self.decoder, self.offset, self.state, self.skip)
+        return [x for x in found if x is not None and x.requires_grad]
 
     def rescaled(self, s_in: float, s_out: float) -> "Coder":
         """The same map between rows in their own units, for a coder of rows divided by `s_in` and `s_out`.
@@ -65,6 +72,7 @@ class Coder:
                 (self.offset * s_out).detach(),
                 self.rule,
                 self.state.detach(),
+                None if self.skip is None else (self.skip * s_out / s_in).detach(),
             )
 
 
@@ -101,6 +109,8 @@ def fitted(
     *,
     prefixes: Sequence[int] | None = None,
     extra: Callable[[Coder, Int[Tensor, " row"], Tensor, Tensor], Tensor] | None = None,
+    norms: Callable[[Tensor], Tensor] = lambda decoder: decoder.norm(dim=1),
+    skip: bool = False,
     on_step: OnStep | None = None,
 ) -> Coder:
     """Train a coder from rows x to rows y.
@@ -117,22 +127,26 @@ def fitted(
         rng: Of the start and of the rows drawn.
         prefixes: Numbers of first latents that must write y on their own (Matryoshka); None: all together.
         extra: One more loss, from the coder, the rows' numbers, their latents and what they wrote, in scaled units.
+        norms: Of the decoder's rows, what the penalty weighs latents by.
+        skip: Train a linear map beside the latents, from zero.
         on_step: Called with the step and its loss.
     """
     same, s_in, s_out = x is y, scale(x), scale(y)
     rows = x / s_in
     wanted = rows if same else y / s_out
     coder = started(rows, wanted, n, rule, rng)
+    if skip:
+        coder.skip = y.new_zeros(y.shape[1], x.shape[1]).requires_grad_()
     silent = torch.zeros(n, device=x.device)
 
     def loss(index: Tensor, done: float) -> Tensor:
         pre = coder.pre(rows[index])
         latents = rule.latents(pre, coder.state, True)
-        written = latents @ coder.decoder + coder.offset
+        written = coder.written(latents, rows[index])
         goal = wanted[index]
         total = _nested(latents, coder, goal, prefixes) if prefixes else _squared(goal - written)
         # The penalty is warmed up over the first twentieth (Anthropic, April 2024).
-        total = total + min(1.0, done / 0.05) * rule.penalty(latents, pre, coder.state, coder.decoder.norm(dim=1))
+        total = total + min(1.0, done / 0.05) * rule.penalty(latents, pre, coder.state, norms(coder.decoder))
         silent.add_(1).masked_fill_((latents.detach() > 0).flatten(0, -2).any(0), 0)
         if rule.auxiliary:
             total = total + _AUXILIARY * _revived(pre, silent > _DEAD, coder, goal - written.detach())
@@ -140,9 +154,8 @@ def fitted(
 
     def after() -> None:
         with torch.no_grad():
-            norms = coder.decoder.norm(dim=1, keepdim=True).clamp_min(1e-8)
             if same and rule.unit_norm:
-                coder.decoder.div_(norms)
+                coder.decoder.div_(coder.decoder.norm(dim=1, keepdim=True).clamp_min(1e-8))
 
     trained(coder.trained, loss, len(rows), training, rng, after, on_step)
     return coder.rescaled(s_in, s_out)

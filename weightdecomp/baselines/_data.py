@@ -111,23 +111,25 @@ def output_gradients(
         batch: One batch.
         sites: All sites.
         at: Module paths to differentiate at; downstream of the first one the graph is whole.
-        scalars: From the model's output and the output rows of every site, numbers to differentiate.
+        scalars: From the model's output and the input rows of every site, numbers to differentiate.
 
     Returns:
         For each scalar the gradients by site, flattened to rows.
     """
+    read: dict[str, list[Tensor]] = {site.path: [] for site in sites}
     seen: dict[str, list[Tensor]] = {site.path: [] for site in sites}
 
     def forward(site: Site, index: int, operands: Operands) -> Any:
         rows = site.read(operands, site.matrix())
         if not rows.requires_grad:
             rows = rows.detach().requires_grad_()
+        read[site.path].append(site.vectors(operands))
         seen[site.path].append(rows)
         return site.write(rows, operands)
 
     with torch.enable_grad(), replaced(sites, forward):
         output = call(model, batch)
-        wanted = scalars(output, seen)
+        wanted = scalars(output, read)
         leaves = [rows for path in at for rows in seen[path]]
         by_site = {site.path: site for site in sites}
         found = []

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -11,6 +11,7 @@ from torch import Tensor
 Latents = Float[Tensor, "*batch unit"]
 
 
+@runtime_checkable
 class Rule(Protocol):
     """What sparse coders differ in."""
 
