@@ -76,7 +76,7 @@ class Row:
 
     def median(self, figure: Callable[[Point], float]) -> float:
         """A figure's median over seeds."""
-        return statistics.median(figure(point) for point in self.points)
+        return float(statistics.median(figure(point) for point in self.points))
 
     def spread(self, figure: Callable[[Point], float], form: str) -> str:
         """A figure's median, with its range where seeds differ."""

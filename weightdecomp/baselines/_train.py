@@ -72,8 +72,10 @@ def trained(
             value = loss(index, done)
             if not bool(value.isfinite()):
                 raise ValueError(f"the loss is {float(value.detach())} at step {step}; use a smaller rate")
-            optimiser.zero_grad(set_to_none=True)
-            value.backward()
+            # Not backward(), which would leave gradients on the target's own parameters (T1).
+            grads = torch.autograd.grad(value, parameters, allow_unused=True)
+            for parameter, grad in zip(parameters, grads, strict=True):
+                parameter.grad = grad
             torch.nn.utils.clip_grad_norm_(parameters, 10.0)
             optimiser.step()
             if after is not None:

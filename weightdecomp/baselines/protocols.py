@@ -150,6 +150,7 @@ def _clean(on: Trial, fitted: Fitted) -> dict[str, list[Tensor]] | None:
     return {site.path: [site.vectors(one) for one in operands[site.path]] for site in on.sites}
 
 
+@torch.no_grad()
 def replaced_output(on: Trial, fitted: Fitted, only: Collection[str] | None = None) -> Any:
     """The target's output with sites' rows made from the units, their codes read from the replaced model.
 
@@ -173,6 +174,7 @@ def codes(on: Trial, fitted: Fitted) -> dict[tuple[int, int], Inner]:
     return step.found
 
 
+@torch.no_grad()
 def ablated_output(on: Trial, fitted: Fitted, units: Mapping[int, Sequence[int]]) -> Any:
     """The target's output with some units taken out and all else, the unexplained rest included, in place.
 
