@@ -141,9 +141,9 @@ def one_bank(importance: torch.Tensor, numbers: float, values: float) -> tuple[F
     bank = Bank(
         ("s",),
         lambda x: x,
-        {"s": torch.eye(n)},
+        eye,
         {},
-        {"s": torch.eye(n)},
+        eye,
         torch.full((n,), numbers),
         torch.full((n,), values),
     )

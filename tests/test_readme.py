@@ -21,6 +21,11 @@ def test_the_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     assert torch.isfinite(names["logits"]).all()
     assert (tmp_path / "decomposition" / "decomposition.json").exists()
 
+    comparison = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)[1]
+    exec(comparison, names)
+
+    assert [row.method for row in names["comparison"].rows][1:] == ["neurons", "pca", "nmf", "svd", "sae topk"]
+
 
 def test_every_file_that_it_links_is_there():
     for target in re.findall(r"\]\(([^)#]+)\)", README.read_text()):

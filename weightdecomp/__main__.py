@@ -136,7 +136,7 @@ def _verify(given: argparse.Namespace) -> int:
 
 def _demo(given: argparse.Namespace) -> int:
     """Decompose the classifier on its training images, and attack the result on its test images."""
-    from weightdecomp import _figures, _page, _report, digits
+    from weightdecomp import _figures, _page, _report, compare, digits
 
     _figures.check_plotting()
     # Matrices this small gain nothing from a second thread, and wait for it where other work competes.
@@ -158,9 +158,42 @@ def _demo(given: argparse.Namespace) -> int:
     images = _figures.Images(torch.cat(test), digits.labels("test"), side=8)
     report = _report.Report("A classifier of handwritten digits, decomposed", decomposition, verification, images)
     page = _page.write(report, given.out)
+    comparison = compare(
+        decomposition,
+        digits.batches("train"),
+        _rivals(),
+        evaluate=test,
+        tune=False,
+        progress=not given.no_progress,
+    )
+    plot = given.out / "comparison.svg"
+    comparison.figure().savefig(plot)
     document = {"report": str(page), **_document(decomposition), "verification": verification.to_dict()}
-    _say(given, document, f"{_report.text(report)}\n\nReport with pictures: {page}\nDecomposition: {saved}")
+    places = f"Report with pictures: {page}\nDecomposition: {saved}\nPlot of the comparison: {plot}"
+    _say(
+        given,
+        document | {"comparison": comparison.to_dict()},
+        f"{_report.text(report)}\n\n{places}\n\n{comparison}",
+    )
     return 0
+
+
+def _rivals() -> list[Any]:
+    """What the demo compares with: methods that are quick to fit, trained ones with few steps."""
+    from weightdecomp import baselines
+
+    quick = baselines.Training(steps=400)
+    autoencoders = [baselines.SAE(rule=baselines.TopK(k=k), training=quick) for k in (8, 16)]
+    transcoders = [baselines.Transcoder(rule=baselines.TopK(k=k), training=quick) for k in (8, 16)]
+    closed = [
+        *baselines.Neurons().grid(),
+        *baselines.PCA().grid(),
+        *baselines.NMF().grid(),
+        *baselines.KMeans().grid(),
+        *baselines.LocalInteractionBasis().grid(),
+        *baselines.SVD().grid(),
+    ]
+    return [*closed, baselines.Polytopes(), *autoencoders, *transcoders]
 
 
 def _config(given: argparse.Namespace) -> Config:
