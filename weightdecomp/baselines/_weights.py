@@ -18,7 +18,7 @@ from weightdecomp.baselines._data import Data, OnStep
 from weightdecomp.baselines._train import Training, trained
 
 
-def _components(site: Site, v: Float[Tensor, "piece d_in"], u: Float[Tensor, "piece d_out"], numbers: int = 0) -> Bank:
+def components(site: Site, v: Float[Tensor, "piece d_in"], u: Float[Tensor, "piece d_out"], numbers: int = 0) -> Bank:
     """Rank-one parts of a weight as units."""
     return Bank(
         reads=(site.path,),
@@ -59,7 +59,7 @@ class SVD:
 
         def made(site: Site) -> Bank:
             left, sizes, right = torch.linalg.svd(site.matrix(), full_matrices=False)
-            bank = _components(site, right, (left * sizes).T)
+            bank = components(site, right, (left * sizes).T)
             rule = kept_largest(bank.encode(data.inputs(site.path)), bank.writes[site.path], self.share)
             return replace(bank, importance=rule)
 
@@ -160,7 +160,7 @@ class _Gated:
         for tensor in self.trained:
             tensor.requires_grad_(False)
         numbers = 3 * self.w_in.shape[1] + 1
-        found = _components(site, self.v, self.u, numbers)
+        found = components(site, self.v, self.u, numbers)
         return replace(found, importance=lambda inner: self.logits(inner).clamp(0, 1))
 
 
