@@ -61,8 +61,8 @@ def _bars(one: dict[str, Any], bar: float) -> str:
 _ABOUT = (
     "A number is the median over seeds of causal-effect matching: per mechanism, how much of the change that deleting "
     "it makes is reproduced by taking out one group of the method's units, groups disjoint; 1 is exact. Green: at "
-    "least 0.95. Of every baseline the best setting of its grid is shown, of ours the one default. Click a number: one bar a "
-    "mechanism, grey is the truth."
+    "least 0.95. Of every baseline the best setting of its grid is shown, of ours the one default. Click a number: "
+    "one bar a mechanism, grey is the truth."
 )
 _STYLE = """
 body { font: 15px/1.45 system-ui, sans-serif; color: #1a1a1a; max-width: 80rem; margin: 2rem auto; padding: 0 1rem }

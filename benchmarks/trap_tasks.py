@@ -144,8 +144,8 @@ def twins(seed: int) -> list[Trap]:
 
 
 def _sine(n: int) -> tuple[Tensor, Tensor, Tensor]:
-    """ReLUs of one variable in [-1, 1] that join sin 2 pi x linearly at their knots: slopes, biases, weights."""
-    knots = torch.linspace(-1, 1, n + 1)
+    """ReLUs of one variable in [-1/2, 1/2] that join sin 2 pi x linearly at their knots: slopes, biases, weights."""
+    knots = torch.linspace(-0.5, 0.5, n + 1)
     values = torch.sin(2 * math.pi * knots)
     slopes = values.diff() / knots.diff()
     weights = torch.cat([slopes[:1], slopes.diff()])
@@ -162,7 +162,7 @@ def one_function(seed: int) -> list[Trap]:
     model = _mlp(linear(slope[:, None] * read, bias), linear(out))
 
     def inputs(count: int, draw: torch.Generator) -> Tensor:
-        x = 2 * torch.rand(count, 1, generator=draw) - 1
+        x = torch.rand(count, 1, generator=draw) - 0.5
         other = torch.randn(count, 3, generator=draw)
         return x * read + other - (other @ read)[:, None] * read
 
@@ -179,14 +179,14 @@ def superposed_functions(seed: int, circuits: int = 24, neurons: int = 12, copie
     code.scatter_(1, chosen, 1.0)
     # Neuron (knot i, place n) reads every circuit that uses place n; off circuits are held below all knots by bias.
     w_in = torch.einsum("i,tn->int", slope, code).reshape(knots * neurons, circuits)
-    # Variables live in [0, 2] when on, so that an off circuit adds nothing to a shared neuron.
-    knob = (bias - 1).repeat_interleave(neurons)
+    # Variables live in [0, 1] when on, so that an off circuit adds nothing to a shared neuron.
+    knob = (bias - 0.5).repeat_interleave(neurons)
     w_out = torch.einsum("i,tn->tin", weight, code).reshape(circuits, knots * neurons) / copies
     model = _mlp(linear(w_in, knob), linear(w_out))
 
     def inputs(count: int, draw: torch.Generator) -> Tensor:
         on = torch.rand(count, circuits, generator=draw) < 1.5 / circuits
-        return 2 * torch.rand(count, circuits, generator=draw) * on
+        return torch.rand(count, circuits, generator=draw) * on
 
     parts = [{"2": share} for share in _blocks(w_out, torch.arange(circuits), circuits)]
     return [Trap(model, ["2"], deletions(model, parts, inputs), parts, most=1)]
