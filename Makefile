@@ -26,6 +26,7 @@ format: $(INSTALLED)
 bench: $(INSTALLED)
 	$(RUN) -m benchmarks.speed
 	$(RUN) -m benchmarks.recovery
+	$(RUN) -m benchmarks.traps --quick
 
 clean:
 	rm -rf $(VENV) demo build dist *.egg-info .pytest_cache .ruff_cache .hypothesis benchmarks/.cache

@@ -241,9 +241,10 @@ def redundant_copies(seed: int, features: int = 6) -> list[Trap]:
 
 
 def absolute_values(seed: int, d: int = 8) -> list[Trap]:
-    """|x_i| by two ReLUs a dimension; a few inputs repeat, which tempts a dictionary to store them whole."""
+    """|x_i| of rotated dimensions, two ReLUs each; a few inputs repeat, which tempts a dictionary to store them whole."""
     rng = _generator(seed)
-    w = torch.cat([torch.eye(d), -torch.eye(d)])
+    turn = torch.linalg.qr(torch.randn(d, d, generator=rng)).Q
+    w = torch.cat([turn, -turn])
     out = torch.linalg.qr(torch.randn(d, d, generator=rng)).Q
     model = _mlp(linear(w, torch.zeros(2 * d)), linear(torch.cat([out, out], 1)))
     repeated = torch.randn(3, d, generator=rng)
@@ -251,9 +252,9 @@ def absolute_values(seed: int, d: int = 8) -> list[Trap]:
     def inputs(count: int, draw: torch.Generator) -> Tensor:
         fresh = torch.randn(count, d, generator=draw) * (torch.rand(count, d, generator=draw) < 0.3)
         again = repeated[torch.randint(3, (count,), generator=draw)]
-        return torch.where(torch.rand(count, 1, generator=draw) < 0.3, again, fresh)
+        return torch.where(torch.rand(count, 1, generator=draw) < 0.3, again, fresh) @ turn
 
-    parts = [{"0": share} for share in _blocks(w, torch.arange(2 * d), 2 * d)]
+    parts = [{"0": share} for share in _blocks(w, torch.arange(d).repeat(2), d)]
     return [Trap(model, ["0"], deletions(model, parts, inputs), parts)]
 
 
@@ -319,7 +320,7 @@ TASKS = (
         "absolute values",
         "a few inputs that repeat tempt a dictionary to store them whole",
         "Olah 2025, A Toy Model of Mechanistic (Un)Faithfulness",
-        "16 mechanisms, two neurons a dimension",
+        "8 mechanisms, the two neurons of a dimension",
         absolute_values,
     ),
     Task(
