@@ -241,7 +241,7 @@ def redundant_copies(seed: int, features: int = 6) -> list[Trap]:
 
 
 def absolute_values(seed: int, d: int = 8) -> list[Trap]:
-    """|x_i| of rotated dimensions, two ReLUs each; a few inputs repeat, which tempts a dictionary to store them whole."""
+    """|x_i| of rotated dimensions by two ReLUs each; a few inputs repeat, which tempts dictionaries to store them."""
     rng = _generator(seed)
     turn = torch.linalg.qr(torch.randn(d, d, generator=rng)).Q
     w = torch.cat([turn, -turn])
