@@ -105,7 +105,7 @@ class TestConformance:
         step = protocols.Pass(
             fitted, mask=lambda number, call, _: gates[number, call], clean=protocols._clean(on, fitted)
         )
-        own = float(on.divergence(protocols._run(on, step), on.output).mean())
+        own = float(on.divergence(protocols._run(on, step), on.output).detach().mean())
 
         assert protocols.adversarial(on, fitted, 4, rng) >= own * (1 - 1e-5)
 
