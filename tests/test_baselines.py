@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from tests.models import drawn, mlp, sparse
+from tests.models import Calls, case, drawn, mlp, seeded, sparse
 from weightdecomp._divergence import named
 from weightdecomp._sites import find_sites
 from weightdecomp.baselines import (
@@ -204,7 +204,7 @@ def test_the_interaction_basis_finds_the_one_direction_that_matters():
 
     assert bank.n == 1
     reading = bank.encode(x) - bank.encode(torch.zeros_like(x))
-    assert float(torch.corrcoef(torch.cat([reading, x @ read.weight.T], 1).T)[0, 1].abs()) > 1 - 1e-9
+    assert float(torch.corrcoef(torch.cat([reading, x @ read.weight.detach().T], 1).T)[0, 1].abs()) > 1 - 1e-9
 
 
 def test_topk_recovers_a_planted_dictionary():
@@ -273,3 +273,37 @@ def test_rules_differ_in_what_they_keep():
     assert_close(TopK(k=2).latents(pre, torch.zeros(0), False), torch.tensor([[3.0, 2.0, 0.0, 0.0]]))
     state = torch.tensor([2.5, 2.5, 0.5, 0.5]).log()
     assert_close(JumpReLU().latents(pre, state, False), torch.tensor([[3.0, 0.0, 1.0, 0.0]]))
+
+
+def test_sites_side_by_side_have_interaction_bases():
+    """The next site in the model's order reads nothing of this one, so that the output is what follows."""
+    parts = {"a": nn.Linear(4, 3), "b": nn.Linear(4, 3), "read": nn.Linear(3, 2)}
+    model = seeded(Calls(lambda m, x: m.read(torch.tanh(m.a(x) * m.b(x))), **parts))
+    on = data(model.double(), drawn(200, 4))
+
+    output = protocols.replaced_output(trial(on), LocalInteractionBasis().fit(on))
+
+    assert_close(output, trial(on).output, rtol=0, atol=1e-6)
+
+
+def test_a_span_with_too_few_rows_is_left_as_it_is():
+    """Twelve images have many patches and few rows at the head."""
+    model = seeded(nn.Sequential(nn.Conv1d(1, 2, 3), nn.ReLU(), nn.Flatten(), nn.Linear(20, 2)))
+    on = data(model, drawn(12, 1, 12).float())
+
+    found = Transcoder(ratio=1.0, training=_SHORT).fit(on)
+
+    assert found.written == ("0",)
+    assert "needs at least 40 rows, got 12" in found.skipped["3"]
+
+
+@pytest.mark.parametrize("name", ["conv2d", "embedding", "one module twice", "bilinear", "dict"])
+@pytest.mark.parametrize("method", [Neurons(), PCA(), KMeans(ratio=0.5), SAE(ratio=1.0, training=_SHORT), SVD()])
+def test_every_kind_of_site_can_be_replaced(name: str, method: Method):
+    given = case(name)
+    sites, _ = find_sites(given.model, given.batch)
+    on = Data(given.model, [given.batch], sites, named("mse", "for a test"), 0.02)
+
+    output = protocols.replaced_output(trial(on), method.fit(on))
+
+    assert bool(output.isfinite().all())

@@ -135,8 +135,15 @@ def output_gradients(
         found = []
         for k, scalar in enumerate(wanted):
             more = k + 1 < len(wanted)
-            grads = iter(torch.autograd.grad(scalar, leaves, retain_graph=more, materialize_grads=True))
+            grads = iter(_slopes(scalar, leaves, more))
             found.append(
                 {p: torch.cat([next(grads).flatten(0, -2) for _ in seen[p]]) @ by_site[p].matrix() for p in at}
             )
     return found
+
+
+def _slopes(scalar: Tensor, leaves: Sequence[Tensor], more: bool) -> Sequence[Tensor]:
+    """Gradients at the leaves; zeros where the scalar does not depend on them."""
+    if not scalar.requires_grad:
+        return [torch.zeros_like(leaf) for leaf in leaves]
+    return torch.autograd.grad(scalar, leaves, retain_graph=more, materialize_grads=True)

@@ -113,6 +113,8 @@ def _jacobian_moment(
         rows += len(found[0][path])
     assert total is not None
     if not bool(total.any()):
+        if following is not None:  # a site beside this one, not after it: the output is what follows
+            return _jacobian_moment(data, path, None, rng)
         raise Inapplicable(f"what follows does not depend on {path!r}, so that it has no interaction basis")
     return total / rows
 

@@ -1,6 +1,6 @@
 """Transcoders, with and without skip, crosscoders and cross-layer transcoders: coders that span sites."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -73,18 +73,31 @@ class Transcoder:
 
     def fit(self, data: Data, seed: int = 0, on_step: OnStep | None = None) -> Fitted:
         """Train one transcoder a span."""
-        rng, banks = data.generator(seed), []
+        rng, banks, skipped = data.generator(seed), [], {}
         for read, write in _checked(data):
-            n = latents_at(data, read, self.ratio, self.name)
+            try:
+                n = latents_at(data, read, self.ratio, self.name)
+            except Inapplicable as error:
+                skipped[write] = str(error)
+                continue
             x, y = data.inputs(read), data.outputs(write)
             coder = fitted(x, y, n, self.rule, self.training, rng, skip=self.skip, on_step=on_step)
             banks += [_transcoder_bank((read, write), coder), *_skip_bank((read, write), coder)]
-        return _whole(data, self.name, self.setting, banks)
+        return _whole(data, self.name, self.setting, banks, skipped)
 
 
-def _whole(data: Data, name: str, setting: str, banks: Sequence[Bank]) -> Fitted:
+def _whole(
+    data: Data, name: str, setting: str, banks: Sequence[Bank], skipped: Mapping[str, str] | None = None
+) -> Fitted:
+    """All banks with their number of trained parameters.
+
+    Raises:
+        Inapplicable: If there is no bank, with the reason of the first span.
+    """
+    if not banks and skipped:
+        raise Inapplicable(next(iter(skipped.values())))
     parameters = sum(int(bank.numbers.sum()) + bank.shared for bank in banks)
-    return Fitted(name, setting, data.sites, banks, {}, parameters)
+    return Fitted(name, setting, data.sites, banks, skipped or {}, parameters)
 
 
 def _transcoder_bank(span: Span, coder: Coder) -> Bank:
