@@ -28,6 +28,7 @@ bench: $(INSTALLED)
 	$(RUN) -m benchmarks.recovery
 	$(RUN) -m benchmarks.graphs
 	$(RUN) -m benchmarks.bilinear
+	$(RUN) -m benchmarks.traps --quick
 
 clean:
 	rm -rf $(VENV) demo build dist *.egg-info .pytest_cache .ruff_cache .hypothesis benchmarks/.cache

@@ -280,14 +280,23 @@ def test_the_demo_writes_a_report_and_the_decomposition(
     monkeypatch.setattr("weightdecomp.digits.batches", few.get)
     monkeypatch.setattr("weightdecomp.digits.labels", lambda split: classes)
     monkeypatch.setattr("weightdecomp.__main__._ATTACK", 20)
+    monkeypatch.setattr("weightdecomp.__main__._rivals", lambda: ["pca"])
 
     code = main(["demo", "--steps", "0", "--tolerance", "0.3", "--json", "--no-progress"])
 
     document = json.loads(capsys.readouterr().out)
     assert code == 0
     assert document["verification"]["n_inputs"] == 64
+    assert [row["method"] for row in document["comparison"]["rows"]] == ["weight decomposition", "pca"]
     found = sorted(path.name for path in (here / "demo").iterdir())
-    assert found == ["circuit.graphml", "circuit.html", "decomposition", "report.html", "report.md"]
+    assert found == [
+        "circuit.graphml",
+        "circuit.html",
+        "comparison.svg",
+        "decomposition",
+        "report.html",
+        "report.md",
+    ]
 
 
 @pytest.mark.slow

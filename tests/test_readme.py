@@ -21,6 +21,11 @@ def test_the_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     assert torch.isfinite(names["logits"]).all()
     assert (tmp_path / "decomposition" / "decomposition.json").exists()
 
+    comparison = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)[1]
+    exec(comparison, names)
+
+    assert [row.method for row in names["comparison"].rows][1:] == ["neurons", "pca", "nmf", "svd", "sae topk"]
+
 
 @pytest.mark.slow
 def test_the_example_of_graphs_runs_after_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

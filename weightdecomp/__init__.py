@@ -1,7 +1,10 @@
 """Decompose a trained model's weights into circuits, at a stated damage under the worst ablation found."""
 
+from weightdecomp import baselines
 from weightdecomp._assembled import assemble
 from weightdecomp._circuits import Circuit
+from weightdecomp._compare import compare
+from weightdecomp._comparison import Comparison
 from weightdecomp._config import Config
 from weightdecomp._decompose import NumericalWarning, decompose
 from weightdecomp._decomposition import Component, Decomposition
@@ -11,6 +14,7 @@ from weightdecomp._verification import Verification
 
 __all__ = [
     "Circuit",
+    "Comparison",
     "Component",
     "Config",
     "Decomposition",
@@ -18,6 +22,8 @@ __all__ = [
     "NumericalWarning",
     "Verification",
     "assemble",
+    "baselines",
+    "compare",
     "decompose",
     "load",
 ]

@@ -186,7 +186,7 @@ def _one_input(batches: Sequence[Any], number: int) -> Any:
 
 def _demo(given: argparse.Namespace) -> int:
     """Decompose the classifier on its training images, and attack the result on its test images."""
-    from weightdecomp import _figures, _page, _report, digits
+    from weightdecomp import _figures, _page, _report, compare, digits
 
     _figures.check_plotting()
     # Matrices this small gain nothing from a second thread, and wait for it where other work competes.
@@ -209,10 +209,22 @@ def _demo(given: argparse.Namespace) -> int:
     report = _report.Report("A classifier of handwritten digits, decomposed", decomposition, verification, images)
     page = _page.write(report, given.out)
     circuit = _demo_circuit(given, decomposition, test)
+    comparison = compare(
+        decomposition,
+        digits.batches("train"),
+        _rivals(),
+        evaluate=test,
+        tune=False,
+        progress=not given.no_progress,
+    )
+    plot = given.out / "comparison.svg"
+    comparison.figure().savefig(plot)
     document = {"report": str(page), "circuit": str(circuit), **_document(decomposition)}
-    document["verification"] = verification.to_dict()
-    told = f"Report with pictures: {page}\nCircuit graph: {circuit}\nDecomposition: {saved}"
-    _say(given, document, f"{_report.text(report)}\n\n{told}")
+    document |= {"verification": verification.to_dict(), "comparison": comparison.to_dict()}
+    places = {"Report with pictures": page, "Circuit graph": circuit, "Plot of the comparison": plot}
+    places |= {"Decomposition": saved}
+    told = "\n".join(f"{what}: {where}" for what, where in places.items())
+    _say(given, document, f"{_report.text(report)}\n\n{comparison}\n\n{told}")
     return 0
 
 
@@ -229,6 +241,24 @@ def _demo_circuit(given: argparse.Namespace, decomposition: Decomposition, image
     graphs.write(graph, given.out / "circuit.graphml")
     graphs.write(graph, given.out / "circuit.html")
     return given.out / "circuit.html"
+
+
+def _rivals() -> list[Any]:
+    """What the demo compares with: methods that are quick to fit, trained ones with few steps."""
+    from weightdecomp import baselines
+
+    quick = baselines.Training(steps=400)
+    autoencoders = [baselines.SAE(rule=baselines.TopK(k=k), training=quick) for k in (8, 16)]
+    transcoders = [baselines.Transcoder(rule=baselines.TopK(k=k), training=quick) for k in (8, 16)]
+    closed = [
+        *baselines.Neurons().grid(),
+        *baselines.PCA().grid(),
+        *baselines.NMF().grid(),
+        *baselines.KMeans().grid(),
+        *baselines.LocalInteractionBasis().grid(),
+        *baselines.SVD().grid(),
+    ]
+    return [*closed, baselines.Polytopes(), *autoencoders, *transcoders]
 
 
 def _config(given: argparse.Namespace) -> Config:

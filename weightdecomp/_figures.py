@@ -225,3 +225,30 @@ def active_circuits(decomposition: Decomposition, images: Images) -> Sequence[Bo
         torch.stack([on[path][:, index] for path, index in circuit.members]).any(0)
         for circuit in decomposition.circuits
     ]
+
+
+def comparison(found: Any) -> Any:
+    """Bits per input against damage for every setting of every method, a panel a protocol, both axes logarithmic."""
+    from weightdecomp._comparison import PROTOCOLS
+
+    figure = _canvas(11.0, 4.4)
+    panels = figure.subplots(1, len(PROTOCOLS), sharey=True)
+    for number, row in enumerate(found.rows):
+        mine = [point for point in found.points if point.method == row.method]
+        ours, marker = number == 0, (_MARKERS + "Xv<>hd")[number % 11]
+        color = _BLUE if ours else f"C{number % 10}"
+        for axes, protocol in zip(panels, PROTOCOLS, strict=True):
+            # Below 1e-4 of the behaviour nothing is told apart; a free and lossless point would have no place else.
+            spots = sorted((max(point.bits, 0.1), max(getattr(point, protocol), 1e-4)) for point in mine)
+            size = 11 if ours else 5
+            axes.plot(
+                *zip(*spots, strict=True) if spots else ([], []),
+                marker=marker, color=color, ms=size, lw=0.8, label=row.method if axes is panels[0] else None,
+            )  # fmt: skip
+    for axes, protocol in zip(panels, PROTOCOLS, strict=True):
+        axes.axhline(found.tolerance, color=_RED, lw=1.2, ls=":")
+        axes.set(xscale="log", yscale="log", title=protocol, xlabel="bits per input (names and values)")
+        axes.grid(color="#e4e4e4")
+    panels[0].set_ylabel("damage (log scale)")
+    figure.legend(loc="outside right center", frameon=False, fontsize=8)
+    return figure

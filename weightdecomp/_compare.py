@@ -1,0 +1,239 @@
+"""`compare`: a decomposition beside activation-based and weight-based methods, in the same bits.
+
+1. Hold a quarter of the inputs out; record the target on the rest.
+2. Fit every method at every setting of its stated grid, with every seed.
+3. Score each, and the decomposition, in the same form by the same protocols and the same ledger.
+4. Keep a method's best setting: the fewest bits within the tolerance.
+"""
+
+import difflib
+from collections.abc import Callable, Iterable, Sequence
+
+import torch
+from scipy.optimize import linear_sum_assignment
+from tqdm import tqdm
+
+from weightdecomp import baselines
+from weightdecomp._batches import Batch, joined, select, size, tensors
+from weightdecomp._comparison import Comparison, Point, Row
+from weightdecomp._decomposition import Decomposition
+from weightdecomp.baselines import protocols
+from weightdecomp.baselines._bank import Fitted
+from weightdecomp.baselines._cost import Meter
+from weightdecomp.baselines._data import Data, Inapplicable
+from weightdecomp.baselines._method import Method
+from weightdecomp.baselines._ours import as_fitted
+from weightdecomp.baselines._price import frequencies, priced
+
+_HELD_OUT = 4  # every fourth input is scored on
+_RESTARTS = 3
+
+
+def compare(
+    decomposition: Decomposition,
+    batches: Iterable[Batch],
+    methods: Sequence[str | Method] | None = None,
+    *,
+    evaluate: Iterable[Batch] | None = None,
+    seeds: int = 1,
+    inputs: int = 1024,
+    attack: int = 20,
+    tune: bool = True,
+    progress: bool = True,
+) -> Comparison:
+    """Score a decomposition of weights and other methods on the same model, inputs, ledger and output divergence.
+
+    Args:
+        decomposition: The result of a run.
+        batches: Inputs to fit the other methods on, all of one shape.
+        methods: Names, as `weightdecomp.baselines.NAMES` lists them, or objects with settings of your own; None takes
+            all. Of a name the whole grid of settings is tried, of an object only the settings it has.
+        evaluate: Inputs to score on; None holds every fourth input of `batches` out of the fits.
+        seeds: Fits of every method.
+        inputs: Inputs to score on at most.
+        attack: Steps of the adversarial protocol, 3 restarts.
+        tune: Try the grids; False takes every method's defaults.
+        progress: Show a progress bar on a terminal's stderr.
+
+    Returns:
+        A table, a plot and all figures. A method that cannot be used is a row with the reason.
+
+    Raises:
+        ValueError: For an unknown method (naming the nearest), bad batches or settings.
+        TypeError: For a method that is neither a name nor a method.
+
+    Source:
+        One two-part code for all: ours; the comparison at equal damage after Ayonrinde et al. 2024 (arXiv 2410.11179).
+    """
+    for name, value in (("seeds", seeds), ("inputs", inputs), ("attack", attack)):
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+    chosen = _chosen(methods, tune)
+    fit_on, score_on = _split(decomposition, batches, evaluate, inputs)
+    data = Data(decomposition.target, [fit_on], decomposition.sites, decomposition.divergence, decomposition.tolerance)
+    trial = protocols.trial(data.model, score_on, data.sites, data.divergence)
+    own = _point(trial, as_fitted(decomposition), 0, data.tolerance, attack, Meter())
+    rows, points = [_row(own.method, [[own]], data.tolerance)], [own]
+    with tqdm(total=seeds * sum(len(grid) for grid in chosen.values()), disable=not progress, leave=False) as bar:
+
+        def tell(method: Method, seed: int) -> None:
+            bar.set_description_str(f"{method.name}, {method.setting}, seed {seed}")
+            bar.update()
+
+        for name, grid in chosen.items():
+            row, found = _scored(name, grid, data, trial, seeds, attack, tell)
+            rows.append(row)
+            points += found
+    return Comparison(
+        rows=tuple(rows),
+        points=tuple(points),
+        tolerance=data.tolerance,
+        divergence=data.divergence.name,
+        n_inputs=size(score_on),
+        n_fitted=size(fit_on),
+        nothing=trial.nothing,
+        budget=f"{attack} steps x {_RESTARTS} restarts",
+        seeds=seeds,
+    )
+
+
+def _chosen(methods: Sequence[str | Method] | None, tune: bool) -> dict[str, list[Method]]:
+    """The settings to try, by method."""
+    if isinstance(methods, str):
+        raise TypeError(f"methods must be a list, got the string {methods!r}; write methods=[{methods!r}]")
+    known = {method.name: method for method in baselines.ALL}
+    found: dict[str, list[Method]] = {}
+    for one in known if methods is None else methods:
+        if isinstance(one, str):
+            if one not in known:
+                near = difflib.get_close_matches(one.lower(), known, n=1, cutoff=0.0)
+                raise ValueError(f"methods: no method {one!r}; did you mean {near[0]!r}? There are {list(known)}")
+            method = known[one]
+            found[one] = list(method.grid()) if tune else [method]
+        elif isinstance(one, Method) and not isinstance(one, type):
+            found.setdefault(one.name, []).append(one)
+        else:
+            raise TypeError(
+                f"methods: expected a name or a method such as weightdecomp.baselines.PCA(share=0.5), got {one!r}"
+            )
+    if not found:
+        raise ValueError(f"methods is empty; choose from {list(known)}")
+    return found
+
+
+def _split(
+    decomposition: Decomposition, batches: Iterable[Batch], evaluate: Iterable[Batch] | None, inputs: int
+) -> tuple[Batch, Batch]:
+    """One batch to fit on and one to score on."""
+    whole = _one(decomposition.read(batches), "batches")
+    index = torch.arange(size(whole), device=tensors(whole)[0].device)
+    if evaluate is not None:
+        held = _one(decomposition.read(evaluate), "evaluate")
+        return whole, select(held, torch.arange(min(size(held), inputs), device=index.device))
+    if size(whole) < _HELD_OUT:
+        raise ValueError(f"batches hold {size(whole)} inputs; pass at least {_HELD_OUT}, a quarter is held out")
+    held_out = index % _HELD_OUT == _HELD_OUT - 1
+    return select(whole, index[~held_out]), select(whole, index[held_out][:inputs])
+
+
+def _one(batches: Sequence[Batch], name: str) -> Batch:
+    found = joined(batches)
+    if len(found) > 1:
+        raise ValueError(f"{name} hold inputs of different shapes, on which nothing can be fitted; pass one shape")
+    return found[0]
+
+
+def _scored(
+    name: str,
+    grid: Sequence[Method],
+    data: Data,
+    trial: protocols.Trial,
+    seeds: int,
+    attack: int,
+    tell: Callable[[Method, int], None],
+) -> tuple[Row, list[Point]]:
+    """A method at every setting and seed, or the reason why it is not there."""
+    by_setting: list[list[Point]] = []
+    fits: list[list[Fitted]] = []
+    reason = ""
+    for method in grid:
+        points, fitted = [], []
+        for seed in range(seeds):
+            tell(method, seed)
+            try:
+                with Meter() as meter:
+                    one = method.fit(data, seed)
+            except Inapplicable as error:
+                reason = str(error)
+                break
+            points.append(_point(trial, one, seed, data.tolerance, attack, meter))
+            fitted.append(one)
+        if points:
+            by_setting.append(points)
+            fits.append(fitted)
+    if not by_setting:
+        return Row(name, reason=reason), []
+    row = _row(name, by_setting, data.tolerance, fits)
+    return row, [point for points in by_setting for point in points]
+
+
+def _row(
+    name: str, by_setting: Sequence[Sequence[Point]], tolerance: float, fits: Sequence[Sequence[Fitted]] = ()
+) -> Row:
+    """The best setting: the fewest bits within the tolerance, else the least damage."""
+    candidates = [Row(name, tuple(points)) for points in by_setting]
+
+    def order(index: int) -> tuple[bool, float]:
+        row = candidates[index]
+        damage = row.median(lambda p: p.propagating)
+        within = damage <= tolerance
+        return not within, row.median(lambda p: p.bits) if within else damage
+
+    best = min(range(len(candidates)), key=order)
+    skipped = fits[best][0].skipped if fits else {}
+    notes = "; ".join(f"{path or 'the model'} left as it is: {why}" for path, why in skipped.items())
+    agreement = _agreement(fits[best]) if fits and len(fits[best]) > 1 else None
+    return Row(name, candidates[best].points, notes, not order(best)[0], agreement)
+
+
+@torch.no_grad()
+def _point(trial: protocols.Trial, fitted: Fitted, seed: int, tolerance: float, attack: int, meter: Meter) -> Point:
+    """All figures of one fit."""
+    found = protocols.codes(trial, fitted)
+    damage = protocols.propagating(trial, fitted)
+    n = trial.divergence(trial.output, trial.output).numel()
+    used = frequencies(fitted, found)
+    rng = torch.Generator(device=tensors(trial.batch)[0].device).manual_seed(seed)
+    return Point(
+        method=fitted.name,
+        setting=fitted.setting,
+        seed=seed,
+        ledger=priced(fitted, found, tolerance, damage, n),
+        matched=protocols.matched(trial, fitted) / trial.nothing,
+        propagating=damage / trial.nothing,
+        adversarial=protocols.adversarial(trial, fitted, attack, rng, restarts=_RESTARTS) / trial.nothing,
+        active=sum(float(frequency.sum()) for frequency, _ in used),
+        live=sum(int((frequency > 0).sum()) for frequency, _ in used),
+        units=fitted.n,
+        parameters=fitted.parameters,
+        cpu_seconds=meter.cpu_seconds,
+        peak_bytes=meter.peak_bytes,
+    )
+
+
+def _agreement(fits: Sequence[Fitted]) -> float:
+    """Mean cosine of one-to-one matched directions over all pairs of seeds and all banks, over the larger number."""
+    scores: list[float] = []
+    for first in range(len(fits)):
+        for second in range(first):
+            for one, other in zip(fits[first].banks, fits[second].banks, strict=True):
+                scores += [matched_cosine(one.directions[p], other.directions[p]) for p in one.directions]
+    return sum(scores) / len(scores)
+
+
+def matched_cosine(one: torch.Tensor, other: torch.Tensor) -> float:
+    """Mean absolute cosine of rows matched one to one, unmatched ones counted as zero."""
+    unit = [x / x.norm(dim=1, keepdim=True).clamp_min(1e-12) for x in (one, other)]
+    cosine = (unit[0] @ unit[1].T).abs().cpu().numpy()
+    rows, columns = linear_sum_assignment(-cosine)
+    return float(cosine[rows, columns].sum() / max(cosine.shape))

@@ -1,0 +1,185 @@
+"""The result of a comparison: every method at every setting in the same bits, as a table, a plot and plain values."""
+
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from weightdecomp._ledger import Ledger
+from weightdecomp._verification import _plain, _table
+
+PROTOCOLS = ("matched", "propagating", "adversarial")
+
+
+@dataclass(frozen=True)
+class Point:
+    """One method at one setting with one seed.
+
+    Attributes:
+        method: Its name.
+        setting: Its settings in words.
+        seed: Of its fit.
+        ledger: Bits of the scored inputs, the residual under the propagating protocol.
+        matched: Damage with one site replaced at a time, the mean over sites.
+        propagating: Damage with all sites replaced at once.
+        adversarial: Damage under attack: the worst case is at least this.
+        active: L0: mean number of active units per row, summed over banks.
+        live: Units that are active on some row.
+        units: Units in all.
+        parameters: Numbers fitted or trained.
+        cpu_seconds: Of the fit.
+        peak_bytes: Memory of the fit beyond what was there before; None where the system does not tell.
+    """
+
+    method: str
+    setting: str
+    seed: int
+    ledger: Ledger
+    matched: float
+    propagating: float
+    adversarial: float
+    active: float
+    live: int
+    units: int
+    parameters: int
+    cpu_seconds: float
+    peak_bytes: int | None
+
+    @property
+    def recovered(self) -> float:
+        """Share of the divergence of ablating everything that is recovered: KL recovered where outputs are logits."""
+        return 1 - self.propagating
+
+    @property
+    def bits(self) -> float:
+        """Bits per input for names and values; what is left of the output is the damage."""
+        return (self.ledger.naming + self.ledger.values) / self.ledger.n_inputs
+
+
+@dataclass(frozen=True)
+class Row:
+    """One method in the table: its best setting over all seeds, or why it is not there.
+
+    Attributes:
+        method: Its name.
+        points: One a seed at the best setting; empty if the method does not apply.
+        reason: Why it does not apply, or to which sites it does not.
+        within: Whether the best setting's propagating damage is within the tolerance.
+        agreement: Mean matched cosine of the units of two seeds; None with one seed.
+    """
+
+    method: str
+    points: tuple[Point, ...] = ()
+    reason: str = ""
+    within: bool = False
+    agreement: float | None = None
+
+    def median(self, figure: Callable[[Point], float]) -> float:
+        """A figure's median over seeds."""
+        return float(statistics.median(figure(point) for point in self.points))
+
+    def spread(self, figure: Callable[[Point], float], form: str) -> str:
+        """A figure's median, with its range where seeds differ."""
+        values = [figure(point) for point in self.points]
+        middle = f"{statistics.median(values):{form}}"
+        low, high = f"{min(values):{form}}", f"{max(values):{form}}"
+        return middle if low == high else f"{middle} ({low}-{high})"
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Every method on the same inputs, in the same bits.
+
+    Attributes:
+        rows: One a method, at its best setting: the fewest bits within the tolerance, else the least damage.
+        points: Every setting and seed that was tried.
+        tolerance: Damage at which settings are chosen, and the relative precision that values are priced at.
+        divergence: How outputs are compared.
+        n_inputs: Inputs scored on, which no baseline was fitted on.
+        n_fitted: Inputs that baselines were fitted on.
+        nothing: Divergence of ablating everything: damage 1.
+        budget: Attack steps and restarts.
+        seeds: Seeds of every baseline.
+    """
+
+    rows: tuple[Row, ...]
+    points: tuple[Point, ...] = field(repr=False)
+    tolerance: float
+    divergence: str
+    n_inputs: int
+    n_fitted: int
+    nothing: float
+    budget: str
+    seeds: int
+
+    def row(self, method: str) -> Row:
+        """One method's row.
+
+        Raises:
+            ValueError: If it was not compared.
+        """
+        for row in self.rows:
+            if row.method == method:
+                return row
+        raise ValueError(f"{method!r} was not compared; methods are {[row.method for row in self.rows]}")
+
+    def __str__(self) -> str:
+        """The table."""
+        unit = {"mse": "squared output units", "kl": "nats"}.get(self.divergence, "its own units")
+        seeds = "1 seed" if self.seeds == 1 else f"{self.seeds} seeds, median (range)"
+        head = (
+            f"Comparison on {self.n_inputs:,} inputs (fitted on {self.n_fitted:,} others), {seeds}; "
+            f"damage 1 = {self.nothing:.4g} {unit} ({self.divergence})\n"
+            f"best setting a method: fewest bits at propagating damage <= {self.tolerance:g}, else (*) least damage"
+        )
+        notes = [f"{row.method}: {row.reason}" for row in self.rows if row.points and row.reason]
+        foot = (
+            "bits: names and values per input; stored: bits of the units' numbers, paid once; total: both and the "
+            f"residual, over all inputs; adversarial: worst found, {self.budget}"
+        )
+        return "\n".join([head, "", _table(_cells(self.rows), texts=(0, 1, 12)), "", foot, *notes])
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON; numbers that are not finite become text."""
+        return _plain(asdict(self))
+
+    def figure(self) -> Any:
+        """Bits per input against damage, a panel a protocol, as a matplotlib Figure.
+
+        Raises:
+            ModuleNotFoundError: If matplotlib is not installed.
+        """
+        from weightdecomp import _figures
+
+        return _figures.comparison(self)
+
+
+def _cells(rows: Sequence[Row]) -> list[list[str]]:
+    """The table's cells; the column of seed-to-seed agreement only where there is any."""
+    agree = any(row.agreement is not None for row in rows)
+    heads = ["method", "setting", "bits", "stored", "total", *PROTOCOLS, "L0", "live", "CPU-s", "MiB", ""]
+    return [[*heads, *["agree"] * agree], *[[*_line(row), *_agreement(row) * agree] for row in rows]]
+
+
+def _agreement(row: Row) -> list[str]:
+    return ["-" if row.agreement is None else f"{row.agreement:.2f}"]
+
+
+def _line(row: Row) -> list[str]:
+    if not row.points:
+        return [row.method, "-", *["-"] * 10, f"does not apply: {row.reason}"]
+    first = row.points[0]
+    peaks = [point.peak_bytes for point in row.points if point.peak_bytes is not None]
+    return [
+        row.method + ("" if row.within else " *"),
+        first.setting,
+        row.spread(lambda p: p.bits, ",.1f"),
+        row.spread(lambda p: p.ledger.dictionary, ",.0f"),
+        row.spread(lambda p: p.ledger.total, ",.0f"),
+        *[row.spread(lambda p, name=name: getattr(p, name), ".3f") for name in PROTOCOLS],
+        row.spread(lambda p: p.active, ".1f"),
+        f"{row.median(lambda p: p.live):.0f}/{first.units}",
+        f"{row.median(lambda p: p.cpu_seconds):.1f}",
+        f"{max(peaks) / 2**20:.0f}" if peaks else "-",
+        "some sites only" if row.reason else "",
+    ]

@@ -1,0 +1,55 @@
+"""Methods that a decomposition of weights is compared with, each an object with the same three questions.
+
+`fit(data)` finds units; `protocols.replaced_output` runs the target through them; `protocols.ablated_output` takes
+units out, and each bank of units has its directions and activations.
+"""
+
+from weightdecomp.baselines import protocols
+from weightdecomp.baselines._bank import Bank, Fitted
+from weightdecomp.baselines._closed import ICA, PCA, Neurons
+from weightdecomp.baselines._clusters import NMF, KMeans, Polytopes
+from weightdecomp.baselines._data import Data, Inapplicable
+from weightdecomp.baselines._gradients import AttributionDictionary, EndToEndSAE, LocalInteractionBasis
+from weightdecomp.baselines._mdl import MDLSAE
+from weightdecomp.baselines._method import Method
+from weightdecomp.baselines._rules import L1, BatchTopK, JumpReLU, TopK
+from weightdecomp.baselines._sae import SAE, Matryoshka
+from weightdecomp.baselines._train import Training
+from weightdecomp.baselines._transcoder import Crosscoder, CrossLayerTranscoder, Transcoder
+from weightdecomp.baselines._weights import SPD, SVD
+
+ALL: tuple[Method, ...] = (
+    Neurons(),
+    PCA(),
+    ICA(),
+    NMF(),
+    KMeans(),
+    Polytopes(),
+    SAE(rule=L1()),
+    SAE(rule=TopK()),
+    SAE(rule=BatchTopK()),
+    SAE(rule=JumpReLU()),
+    Matryoshka(),
+    MDLSAE(),
+    EndToEndSAE(),
+    EndToEndSAE(downstream=True),
+    Transcoder(),
+    Transcoder(skip=True),
+    Crosscoder(),
+    CrossLayerTranscoder(),
+    LocalInteractionBasis(),
+    AttributionDictionary(),
+    SVD(),
+    SPD(),
+)
+"""Every method with its defaults."""
+
+NAMES = tuple(method.name for method in ALL)
+"""Their names, as `compare(methods=[...])` takes them."""
+
+__all__ = [
+    "ALL", "AttributionDictionary", "Bank", "BatchTopK", "CrossLayerTranscoder", "Crosscoder", "Data", "EndToEndSAE",
+    "Fitted", "ICA", "Inapplicable", "JumpReLU", "KMeans", "L1", "LocalInteractionBasis", "MDLSAE", "Matryoshka",
+    "Method", "NAMES", "NMF", "Neurons", "PCA", "Polytopes", "SAE", "SPD", "SVD", "TopK", "Training", "Transcoder",
+    "protocols",
+]  # fmt: skip
