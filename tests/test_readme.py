@@ -9,32 +9,29 @@ import torch
 README = Path(__file__).parent.parent / "README.md"
 
 
-@pytest.mark.slow
-def test_the_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    code = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)[0]
+def example(heading: str) -> str:
+    """The first example below a heading."""
+    section = README.read_text().split(heading, 1)[1]
+    found = re.search(r"```python\n(.*?)```", section, re.DOTALL)
+    assert found is not None
+    return found[1]
+
+
+def test_the_examples_of_the_engine_run_one_after_the_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
     names: dict = {}
 
-    exec(code, names)
+    exec(example("# weightdecomp"), names)
 
     assert names["logits"].shape == (144, 10)
     assert torch.isfinite(names["logits"]).all()
     assert (tmp_path / "decomposition" / "decomposition.json").exists()
 
-    comparison = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)[1]
-    exec(comparison, names)
+    exec(example("## Beside activation-based methods"), names)
 
     assert [row.method for row in names["comparison"].rows][1:] == ["neurons", "pca", "nmf", "svd", "sae topk"]
 
-
-@pytest.mark.slow
-def test_the_example_of_graphs_runs_after_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    first, graph = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)[:2]
-    monkeypatch.chdir(tmp_path)
-    names: dict = {}
-
-    exec(first, names)
-    exec(graph, names)
+    exec(example("## Circuits as graphs"), names)
 
     assert {"circuit.html", "circuit.graphml", "diff.html"} <= {path.name for path in tmp_path.iterdir()}
     assert len(names["small"]) < len(names["graph"])
