@@ -10,11 +10,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-
 from benchmarks import bilinear_images, bilinear_language, bilinear_speed
 from benchmarks.images import DATA_VARIABLE, data_folder
 from benchmarks.report import RESULTS
+from benchmarks.targets import one_thread
 
 PARTS = {"speed": bilinear_speed.run, "images": bilinear_images.run, "language": bilinear_language.run}
 
@@ -33,14 +32,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         folder = data_folder(options.data)
     except ValueError as error:
         parser.error(str(error))
-    threads = torch.get_num_threads()
     # One thread: decompositions of matrices crawl when threads compete, and sums then have one order.
-    torch.set_num_threads(1)
-    try:
+    with one_thread():
         for name in options.only or PARTS:
             print(PARTS[name](folder, options.out, options.smoke), flush=True)
-    finally:
-        torch.set_num_threads(threads)
     return 0
 
 

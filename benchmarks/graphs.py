@@ -25,7 +25,7 @@ import graphs
 from benchmarks.closed_form import ACTIVATION_BASES, closed_form, svd
 from benchmarks.report import RESULTS, provenance, spread, table, write, write_json
 from benchmarks.speed import Transformer
-from benchmarks.targets import make
+from benchmarks.targets import make, one_thread
 from weightdecomp import Decomposition, NumericalWarning, decompose
 
 SUFFIXES = (".json", ".graphml", ".gexf", ".cyjs", ".dot", ".ct.json", ".html")
@@ -294,12 +294,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.graphs", description=__doc__)
     parser.add_argument("--smoke", action="store_true", help="tiny targets, in seconds; figures mean nothing")
     smoke = parser.parse_args(arguments).smoke
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
+    with one_thread():
         result = measured(smoke)
-    finally:
-        torch.set_num_threads(threads)
     if not smoke:
         write_json(RESULTS / "graphs.json", result)
         write(RESULTS / "graphs.md", markdown(result))

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.report import RESULTS, Spread, provenance, spread, table, write, write_json
-from benchmarks.targets import make
+from benchmarks.targets import make, one_thread
 from weightdecomp import Config
 from weightdecomp._attack import Ablation
 from weightdecomp._divergence import choose
@@ -244,12 +244,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.speed", description=__doc__)
     parser.add_argument("--smoke", action="store_true", help="tiny targets, in seconds; figures mean nothing")
     smoke = parser.parse_args(arguments).smoke
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
+    with one_thread():
         result = compared(smoke)
-    finally:
-        torch.set_num_threads(threads)
     if not smoke:
         write_json(RESULTS / "speed.json", result)
         write(RESULTS / "speed.md", markdown(result))

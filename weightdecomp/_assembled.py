@@ -7,12 +7,11 @@ import torch
 from torch import Tensor, nn
 
 from weightdecomp._attack import Ablation
-from weightdecomp._batches import Batch, read_batches, tensors
-from weightdecomp._check import check_model, check_module, check_tolerance
+from weightdecomp._batches import Batch, tensors
+from weightdecomp._check import checked
 from weightdecomp._circuits import activity, grouped
 from weightdecomp._config import Config
 from weightdecomp._decomposition import Decomposition, Outcome, Parts
-from weightdecomp._divergence import choose
 from weightdecomp._fit import Gatekeeper, frequencies
 from weightdecomp._ledger import value_bits
 from weightdecomp._pieces import Pieces, rank_one_pieces
@@ -51,11 +50,7 @@ def assemble(
         ValueError: For sites that do not exist, or components whose shapes do not fit their site.
     """
     config = config or Config()
-    check_module(model)
-    check_tolerance(tolerance)
-    kept = read_batches(batches, model)
-    output = check_model(model, kept[0])
-    metric = choose(divergence, output, not tensors(kept[0])[0].is_floating_point())
+    kept, metric = checked(model, batches, tolerance, divergence)
     sites, skipped = find_sites(model, kept[0], list(components))
     pieces = {}
     for site in sites:

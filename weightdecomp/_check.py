@@ -1,13 +1,14 @@
 """Checks of what the user passes, before any work is done."""
 
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
-from weightdecomp._batches import Batch, call, select, tensors
-from weightdecomp._divergence import output_tensor
+from weightdecomp._batches import Batch, call, read_batches, select, tensors
+from weightdecomp._divergence import Divergence, choose, output_tensor
 
 _STOCHASTIC = (
     nn.modules.dropout._DropoutNd,
@@ -30,6 +31,17 @@ def check_module(model: object) -> None:
     """Refuse what is no module, before anything is asked of it."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+
+
+def checked(
+    model: nn.Module, batches: Iterable[Batch], tolerance: float, divergence: str | Callable[[Any, Any], Tensor]
+) -> tuple[list[Batch], Divergence]:
+    """The inputs, read and checked together with the model and the tolerance, and how outputs are compared."""
+    check_module(model)
+    check_tolerance(tolerance)
+    kept = read_batches(batches, model)
+    output = check_model(model, kept[0])
+    return kept, choose(divergence, output, not tensors(kept[0])[0].is_floating_point())
 
 
 def check_model(model: nn.Module, batch: Batch) -> Any:

@@ -23,15 +23,15 @@ import torch
 from torch import Tensor, nn
 
 from weightdecomp._attack import Ablation
-from weightdecomp._batches import Batch, digest, read_batches, tensors
-from weightdecomp._check import check_model, check_module, check_tolerance
+from weightdecomp._batches import Batch, digest, tensors
+from weightdecomp._check import checked
 from weightdecomp._checkpoint import Checkpoint
 from weightdecomp._circuits import activity, grouped
 from weightdecomp._config import Config
 from weightdecomp._decomposition import Decomposition, Outcome, Parts
-from weightdecomp._divergence import Divergence, choose
+from weightdecomp._divergence import Divergence
 from weightdecomp._fit import REVIEW, Gated, Start, chosen_start, frequencies
-from weightdecomp._frame import frame
+from weightdecomp._frame import Frame, frame
 from weightdecomp._ledger import value_bits
 from weightdecomp._null import effort, null_effort
 from weightdecomp._pieces import Pieces
@@ -88,11 +88,7 @@ def decompose(
         price ours.
     """
     config = config or Config()
-    check_module(model)
-    check_tolerance(tolerance)
-    kept = read_batches(batches, model)
-    output = check_model(model, kept[0])
-    metric = choose(divergence, output, not tensors(kept[0])[0].is_floating_point())
+    kept, metric = checked(model, batches, tolerance, divergence)
     found, skipped = find_sites(model, kept[0], sites)
     key = _run_key(model, kept, found, tolerance, metric, seed, config)
     saved = Checkpoint(checkpoint, key)
@@ -103,7 +99,7 @@ def decompose(
         sample = taken(model, kept, found, metric, config.sample, rng)
         starts = {site.path: _start(bar, saved, model, sample, site, metric, tolerance, config) for site in found}
         ablation = Ablation(model, found, {path: start.pieces for path, start in starts.items()}, metric, {})
-        frames = {path: start.frame for path, start in starts.items()}
+        frames = {site.path: _frame(site, starts[site.path]) for site in found}
         best = refined(ablation, frames, sample, tolerance, config, seed, bar, saved)
         bar.now("null")
         spent = effort(model, sample, found, sum(start.bits[start.name] for start in starts.values()), tolerance)
@@ -175,7 +171,11 @@ def _start(
     pieces = Pieces(values["v"], values["u"], values["owner"])
     name, bits = saved.document["starts"][site.path]
     origin = {name: values[name] for name in ("basis", "power", "exemplars")}
-    return Start(name, pieces, frame(**origin, matrix=site.matrix(), pieces=pieces), bits, origin)
+    return Start(name, pieces, bits, origin)
+
+
+def _frame(site: Site, start: Start) -> Frame:
+    return frame(**start.origin, matrix=site.matrix(), pieces=start.pieces)
 
 
 def _parts(pieces: Mapping[str, Pieces], gated: Gated, names: Mapping[str, str]) -> dict[str, Parts]:

@@ -13,7 +13,6 @@ from weightdecomp._config import Config
 from weightdecomp._divergence import Divergence
 from weightdecomp._effects import Trade, effects, highest_price, opened
 from weightdecomp._forward import Masks, inner_activations, masked, recorded
-from weightdecomp._frame import Frame, frame
 from weightdecomp._ledger import Ledger, price
 from weightdecomp._pieces import Pieces
 from weightdecomp._sample import Sample, ablated_entirely, site_rows
@@ -34,14 +33,12 @@ class Start(NamedTuple):
     Attributes:
         name: Which member of the portfolio.
         pieces: Its components.
-        frame: Where they may move.
         bits: Bits per input of every member of the portfolio, cheapest first.
-        origin: What the frame was made from: the basis of the site's inputs, their power along it, and the exemplars.
+        origin: What its frame is made from: the basis of the site's inputs, their power along it, and the exemplars.
     """
 
     name: str
     pieces: Pieces
-    frame: Frame
     bits: dict[str, float]
     origin: dict[str, Tensor]
 
@@ -91,8 +88,7 @@ def chosen_start(
         "power": reach.power,
         "exemplars": own if len(own) <= len(reach.power) else own[:0],
     }
-    made = frame(**origin, matrix=matrix, pieces=portfolio[best])
-    return Start(best, portfolio[best], made, dict(sorted(bits.items(), key=lambda item: item[1])), origin)
+    return Start(best, portfolio[best], dict(sorted(bits.items(), key=lambda item: item[1])), origin)
 
 
 def _bits_alone(

@@ -116,15 +116,16 @@ def frame(
     """
     root = power.clamp_min(_FLOOR * power.max()).sqrt()
     basis, dual = basis * root, basis / root
-    left, sizes, _ = torch.linalg.svd(matrix @ basis, full_matrices=False)
-    columns = left[:, sizes > 1e-6 * sizes[0]].T
-    held = len(exemplars)
+    whole, held = matrix @ basis, len(exemplars)
     if held:
         free = torch.linalg.svd(exemplars / root).Vh[held:].T
         basis, dual = basis @ free, dual @ free
     kept_v = pieces.v - pieces.v @ basis @ dual.T if held else torch.zeros_like(pieces.v)
     by_v = conditioning(pieces.u)
     by_u = 0.0 if held else conditioning(pieces.v @ basis)
-    spans = max(by_v, by_u) >= 1e-4
-    move_v = by_v >= by_u or not spans
-    return Frame(basis, dual, matrix @ basis, move_v, None if spans else columns, kept_v, pieces.u[:held])
+    columns = None
+    if max(by_v, by_u) < 1e-4:
+        left, sizes, _ = torch.linalg.svd(whole, full_matrices=False)
+        columns = left[:, sizes > 1e-6 * sizes[0]].T
+    move_v = by_v >= by_u or columns is not None
+    return Frame(basis, dual, matrix @ basis, move_v, columns, kept_v, pieces.u[:held])

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Int, Real
@@ -101,14 +102,42 @@ def price(
     Raises:
         ValueError: If N is not positive or the tolerance is outside (0, 1).
     """
+    f = [frequency.double() for frequency in frequencies]
+    groups = [
+        Coded(n_inputs, one, rank, rank * (d_out + d_in))
+        for one, rank, (d_out, d_in) in zip(f, ranks, shapes, strict=True)
+    ]
+    return summed(groups, n_inputs, tolerance, divergence)
+
+
+class Coded(NamedTuple):
+    """Units of one place, as the ledger sees them.
+
+    Attributes:
+        rows: Rows that they are named on.
+        frequency: Share of the rows on which each unit is active.
+        values: Numbers that are sent with each active unit.
+        numbers: Numbers stored for each unit.
+        shared: Numbers stored once for all of them.
+    """
+
+    rows: int
+    frequency: Float[Tensor, " unit"]
+    values: Real[Tensor, " unit"]
+    numbers: Real[Tensor, " unit"]
+    shared: int = 0
+
+
+def summed(groups: Sequence[Coded], n_inputs: int, tolerance: float, divergence: float) -> Ledger:
+    """The four parts of units of several places; arguments and errors as in `price`."""
     if n_inputs < 1:
         raise ValueError(f"n_inputs must be at least 1, got {n_inputs}")
     if not 0 < tolerance < 1:
         raise ValueError(f"tolerance must be between 0 and 1, got {tolerance}")
     naming = values = dictionary = 0.0
-    for frequency, rank, (d_out, d_in) in zip(frequencies, ranks, shapes, strict=True):
-        f = frequency.double()
-        naming += float(n_inputs * entropy(f).sum())
-        values += float(n_inputs * (f * rank).sum()) * value_bits(tolerance)
-        dictionary += float(dictionary_bits(f, rank * (d_out + d_in), n_inputs).sum())
+    for one in groups:
+        naming += float(one.rows * entropy(one.frequency).sum())
+        values += float(one.rows * (one.frequency * one.values).sum()) * value_bits(tolerance)
+        dictionary += float(dictionary_bits(one.frequency, one.numbers, one.rows).sum())
+        dictionary += one.shared * 0.5 * math.log2(1 + one.rows)
     return Ledger(n_inputs, naming, values, dictionary, n_inputs * divergence / math.log(2))

@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from weightdecomp._ledger import Ledger, dictionary_bits, entropy, value_bits
+from weightdecomp._ledger import Coded, Ledger, entropy, summed
 from weightdecomp._regimes import ON
 from weightdecomp.baselines._bank import Fitted
 from weightdecomp.baselines.protocols import Inner
@@ -45,17 +45,11 @@ def priced(
     Raises:
         ValueError: If N is not positive or the tolerance is outside (0, 1).
     """
-    if n_inputs < 1:
-        raise ValueError(f"n_inputs must be at least 1, got {n_inputs}")
-    if not 0 < tolerance < 1:
-        raise ValueError(f"tolerance must be between 0 and 1, got {tolerance}")
-    naming = values = dictionary = 0.0
-    for bank, (frequency, rows) in zip(fitted.banks, frequencies(fitted, found), strict=True):
-        naming += float(rows * entropy(frequency).sum())
-        values += float(rows * (frequency * bank.values).sum()) * value_bits(tolerance)
-        dictionary += float(dictionary_bits(frequency, bank.numbers, rows).sum())
-        dictionary += bank.shared * 0.5 * math.log2(1 + rows)
-    return Ledger(n_inputs, naming, values, dictionary, n_inputs * divergence / math.log(2))
+    groups = [
+        Coded(rows, frequency, bank.values, bank.numbers, bank.shared)
+        for bank, (frequency, rows) in zip(fitted.banks, frequencies(fitted, found), strict=True)
+    ]
+    return summed(groups, n_inputs, tolerance, divergence)
 
 
 def code_length(latents: Float[Tensor, "row unit"], bin_width: float) -> float:
