@@ -280,18 +280,18 @@ def permuted(model: nn.Module, order: Tensor) -> nn.Module:
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_the_bits_of_a_start_do_not_depend_on_the_order_of_neurons(seed: int):
+def test_the_work_of_a_start_does_not_depend_on_the_order_of_neurons(seed: int):
     """G1, float64; every member of the portfolio, at both sites."""
     model, inputs = mlp(torch.float64), sparse(256, 5, torch.float64)
     order = torch.randperm(8, generator=torch.Generator().manual_seed(seed))
-    bits = []
+    works = []
     for target in (model, permuted(model, order)):
         sites, _ = find_sites(target, inputs)
         metric = choose("mse", target(inputs), False)
         sample = taken(target, [inputs], sites, metric, 256, torch.Generator().manual_seed(0))
-        bits.append([chosen_start(target, sample, site, metric, 0.02, wd.Config()).bits for site in sites])
+        works.append([chosen_start(target, sample, site, metric, 0.02, wd.Config()).work for site in sites])
 
-    for one, other in zip(*bits, strict=True):
+    for one, other in zip(*works, strict=True):
         assert one.keys() == other.keys()
         for name, value in one.items():
             assert_close(other[name], value, rtol=1e-9, atol=0)
@@ -355,11 +355,12 @@ def test_gates_used_as_masks_are_not_what_a_run_reports(quick: None, monkeypatch
         return damages[-1]
 
     monkeypatch.setattr(Gatekeeper, "_damage", kept)
-    decomposition = wd.decompose(mlp(), [X], config=QUICK, progress=False)
+    model = mlp(widths=(5, 8, 8, 3))
+    decomposition = wd.decompose(model, [X], config=QUICK, progress=False)
 
     inputs = X[48:]  # the inputs that the run held out
     output = decomposition.ablate(inputs, decomposition.importances(inputs))
-    nothing = mse(decomposition.ablate(inputs, {}), mlp()(inputs)).mean()
-    as_masks = float((mse(output, mlp()(inputs)).mean() / nothing).detach())
+    nothing = mse(decomposition.ablate(inputs, {}), model(inputs)).mean()
+    as_masks = float((mse(output, model(inputs)).mean() / nothing).detach())
     assert decomposition.outcome.damage in damages
-    assert decomposition.outcome.damage > as_masks
+    assert decomposition.outcome.damage > 1.01 * as_masks

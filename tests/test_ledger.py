@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch.testing import assert_close
 
 from tests.models import drawn
-from weightdecomp._ledger import Ledger, behaviour_bits, dictionary_bits, entropy, price, value_bits
+from weightdecomp._ledger import Ledger, behaviour_bits, dictionary_bits, entropy, price, value_bits, wires
 
 
 def test_the_parts_are_those_computed_by_hand():
@@ -53,6 +53,21 @@ def test_the_entropy_of_a_gate_is_in_bits(frequency: float, bits: float):
 
 def test_a_value_costs_half_the_logarithm_of_one_over_the_tolerance():
     assert_close(value_bits(0.25), 1.0)
+
+
+def test_wires_count_the_coordinates_that_hold_a_share():
+    vectors = torch.tensor([[0, 0, 2.0, 0], [1, -1, 1, 1], [3, 4, 0, 0], [0, 0, 0, 0]]).double()
+
+    assert_close(wires(vectors, 0.98), torch.tensor([0.98, 3.92, 1 + (24.5 - 16) / 9, 0]).double())
+
+
+@given(n=st.integers(1, 8), scale=st.floats(1e-3, 1e3), seed=st.integers(0, 2**16))
+def test_wires_depend_neither_on_scale_nor_sign_nor_order(n: int, scale: float, seed: int):
+    """G1."""
+    vector = drawn(n, seed=seed).double()
+    other = -scale * vector.flip(0)
+
+    assert_close(wires(other, 0.98), wires(vector, 0.98))
 
 
 def test_numbers_are_stored_at_the_precision_their_use_deserves():

@@ -7,7 +7,17 @@ from torch.testing import assert_close
 
 from tests.models import drawn
 from weightdecomp._pieces import Pieces
-from weightdecomp._starts import Reach, column_start, exemplar_start, exemplars, plain_starts, row_start, svd_start
+from weightdecomp._starts import (
+    Reach,
+    column_line_start,
+    column_start,
+    exemplar_start,
+    exemplars,
+    plain_starts,
+    row_line_start,
+    row_start,
+    svd_start,
+)
 
 shapes = {
     "d_in": st.integers(1, 6),
@@ -54,6 +64,34 @@ def test_rows_and_columns_sum_to_the_weights_on_the_inputs(d_in: int, d_out: int
 
     assert_exact(row_start(reach), matrix, rows)
     assert_exact(column_start(reach, matrix), matrix, rows)
+
+
+@given(**shapes, n=st.integers(2, 5))
+@settings(max_examples=40)
+def test_lines_that_coordinates_share_are_found_and_sum_to_the_weights(
+    d_in: int, d_out: int, span: int, rank: int, seed: int, n: int
+):
+    """F1: every row (column) of the matrix repeated n times at other lengths is still one line."""
+    matrix, rows = site(d_in, d_out, span, rank, seed)
+    lengths = 1 + drawn(n, 1, seed=seed).abs()
+    tall = torch.cat([length * matrix for length in lengths])
+    wide = torch.cat([length * matrix for length in lengths], 1)
+
+    by_row = row_line_start(Reach(tall, rows))
+    by_column = column_line_start(Reach(wide, rows.repeat(1, n)), wide)
+
+    assert by_row is not None and by_column is not None
+    assert by_row.n <= d_out and by_column.n <= d_in
+    assert_exact(by_row, tall, rows)
+    assert_exact(by_column, wide, rows.repeat(1, n))
+
+
+def test_rows_and_columns_without_shared_lines_have_no_such_start():
+    matrix = drawn(4, 5)
+    reach = Reach(matrix, drawn(20, 5, seed=2))
+
+    assert row_line_start(reach) is None
+    assert column_line_start(reach, matrix) is None
 
 
 @given(**shapes, n=st.integers(1, 9))

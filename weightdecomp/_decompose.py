@@ -102,7 +102,7 @@ def decompose(
         frames = {site.path: _frame(site, starts[site.path]) for site in found}
         best = refined(ablation, frames, sample, tolerance, config, seed, bar, saved)
         bar.now("null")
-        spent = effort(model, sample, found, sum(start.bits[start.name] for start in starts.values()), tolerance)
+        spent = effort(model, sample, found, sum(start.bits for start in starts.values()), tolerance)
         null = null_effort(model, sample.batches, found, metric, tolerance, config, seed)
     parts = _parts(best.ablation.pieces, best.gated, {path: start.name for path, start in starts.items()})
     outcome = _outcome(best.gated, best.steps, starts, tolerance, spent, null)
@@ -163,15 +163,15 @@ def _start(
     prefix = f"start|{site.path}|"
     if not saved.under(prefix):
         start = chosen_start(model, sample, site, divergence, tolerance, config)
-        names = {**saved.document.get("starts", {}), site.path: [start.name, start.bits]}
+        names = {**saved.document.get("starts", {}), site.path: [start.name, start.bits, start.work]}
         # Contiguous as when read back from disk, since sums over another layout round differently (R1).
         found = {name: x.contiguous() for name, x in {**start.pieces._asdict(), **start.origin}.items()}
         saved.keep({prefix + name: x for name, x in found.items()}, {"starts": names})
     values = {name: x.to(site.weight.device) for name, x in saved.under(prefix).items()}
     pieces = Pieces(values["v"], values["u"], values["owner"])
-    name, bits = saved.document["starts"][site.path]
-    origin = {name: values[name] for name in ("basis", "power", "exemplars")}
-    return Start(name, pieces, bits, origin)
+    name, bits, work = saved.document["starts"][site.path]
+    origin = {name: values[name] for name in ("basis", "power", "held")}
+    return Start(name, pieces, bits, work, origin)
 
 
 def _frame(site: Site, start: Start) -> Frame:

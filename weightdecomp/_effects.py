@@ -15,7 +15,14 @@ from weightdecomp._pieces import Pieces
 from weightdecomp._sites import Site
 
 _PROBES = 4  # random output directions
-_PATH = (0.1, 0.3, 0.5, 0.7, 0.9)  # midpoints of the path from everything ablated to the target
+_PATH = (  # shares of the path from everything ablated to the target, with weights: Radau's rule, which includes 1
+    (0.0571041961, 0.1437135608),
+    (0.2768430136, 0.2813560151),
+    (0.5835904324, 0.3118265230),
+    (0.8602401357, 0.2231039011),
+    (1.0, 0.04),
+)
+_LEAST = 1e-3  # least effect of a typical contribution, relative to a typical effect, so that none is free to close
 
 
 def _probe(divergence: str, output: Tensor, rng: torch.Generator) -> Tensor:
@@ -36,7 +43,8 @@ def sensitivities(
 
     The average over the path from m = 0 to m = 1 of the gradient at the site output m W x makes the effect of
     removing one coordinate of it exact where what follows acts on coordinates one by one (a neuron's nonlinearity);
-    elsewhere it is a secant estimate (integrated gradients, Sundararajan et al. 2017, on the mask).
+    elsewhere it is a secant estimate (integrated gradients, Sundararajan et al. 2017, on the mask). The end of the path
+    is among its points, so that what is on in the target alone counts.
 
     Returns:
         One tensor for each call of the site's module.
@@ -44,7 +52,7 @@ def sensitivities(
     weight = site.matrix()
     probes = [_probe(divergence, output_tensor(record.output), rng) for _ in range(_PROBES)]
     sums: list[Tensor] = []
-    for share in _PATH:
+    for share, part in _PATH:
         leaves: list[Tensor] = []
 
         def forward(site: Site, index: int, operands: tuple, share: float = share, leaves: list = leaves) -> Any:
@@ -61,7 +69,7 @@ def sensitivities(
             for index, grad in enumerate(_gradients(projection, leaves, k + 1 < len(probes))):
                 if len(sums) <= index:
                     sums.append(torch.zeros(_PROBES, *grad.shape, dtype=grad.dtype, device=grad.device))
-                sums[index][k] += grad / len(_PATH)
+                sums[index][k] += part * grad
     return sums
 
 
@@ -91,8 +99,14 @@ class Trade:
     """
 
     def __init__(self, activations: Float[Tensor, "row component"], effects: Float[Tensor, "row component"]) -> None:
-        """Sort both arms."""
+        """Sort both arms.
+
+        Where what follows is off along the whole path, the estimated effect is 0; a small share of the contribution's
+        square stands in for it, so that at low prices every gate opens.
+        """
         self.typical = float(effects.sum(1).mean()) + 1e-30
+        power = activations.square()
+        effects = effects + _LEAST * self.typical / float(power.sum(1).mean() + 1e-30) * power
         self._arms = []
         for sign in (1, -1):
             a, order = (sign * activations).clamp_min(0).sort(0)

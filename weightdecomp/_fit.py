@@ -13,7 +13,7 @@ from weightdecomp._config import Config
 from weightdecomp._divergence import Divergence
 from weightdecomp._effects import Trade, effects, highest_price, opened
 from weightdecomp._forward import Masks, inner_activations, masked, recorded
-from weightdecomp._ledger import Ledger, price
+from weightdecomp._ledger import Ledger, price, value_bits, wires
 from weightdecomp._pieces import Pieces
 from weightdecomp._sample import Sample, ablated_entirely, site_rows
 from weightdecomp._sites import Site
@@ -33,13 +33,15 @@ class Start(NamedTuple):
     Attributes:
         name: Which member of the portfolio.
         pieces: Its components.
-        bits: Bits per input of every member of the portfolio, cheapest first.
-        origin: What its frame is made from: the basis of the site's inputs, their power along it, and the exemplars.
+        bits: Naming and values per input of the portfolio's cheapest member.
+        work: Bits that every member of the portfolio moves per input, the least first.
+        origin: What its frame is made from: the basis of the site's inputs, their power along it, and what is held.
     """
 
     name: str
     pieces: Pieces
-    bits: dict[str, float]
+    bits: float
+    work: dict[str, float]
     origin: dict[str, Tensor]
 
 
@@ -65,38 +67,45 @@ class Gated(NamedTuple):
 def chosen_start(
     model: nn.Module, sample: Sample, site: Site, divergence: Divergence, tolerance: float, config: Config
 ) -> Start:
-    """Let the ledger choose among the portfolio: the fewest bits per input at the tolerance, this site alone masked."""
+    """Choose from the portfolio what does the least work per input at the tolerance, this site alone masked."""
     matrix = site.matrix()
     rows, hits = site_rows(model, sample, site, divergence)
     reach = Reach(matrix, rows)
     most = max(2, int(config.capacity * min(matrix.shape)))
-    portfolio, answered, falls = plain_starts(matrix, reach, most), dict[str, Tensor](), dict[str, float]()
+    portfolio, held, falls = plain_starts(matrix, reach, most), dict[str, Tensor](), dict[str, float]()
     for family in exemplars(rows @ reach.basis, reach.power, hits, most):
         for n, fall in family.cuts.items():
             name = f"exemplars {n} at {family.agreement}"
             portfolio[name] = exemplar_start(reach, family.directions[:n])
-            answered[name], falls[name] = family.directions[:n], fall
-    bits = {name: _bits_alone(model, sample, site, pieces, divergence, tolerance) for name, pieces in portfolio.items()}
-    best = min(bits, key=lambda name: bits[name])
+            held[name], falls[name] = family.directions[:n], fall
+    spent = {name: _spent(model, sample, site, pieces, divergence, tolerance) for name, pieces in portfolio.items()}
+    size = rows.square().mean(0).sqrt()
+    work = {name: _work(portfolio[name], size, *one, tolerance) for name, one in spent.items()}
+    best = min(work, key=lambda name: work[name])
     if best in falls:
-        # Bits hardly tell one exemplar more or less; where the density falls most, the mechanisms end.
-        best = min(falls, key=lambda name: bits[name] / falls[name] ** _FALL)
-    own = answered[best] if best in answered else reach.weight[:0]
+        # Work hardly tells one exemplar more or less; where the density falls most, the mechanisms end.
+        best = min(falls, key=lambda name: work[name] / falls[name] ** _FALL)
+    origin = {"basis": reach.basis, "power": reach.power, "held": _held(best, held.get(best), reach)}
+    bits = min(one for _, one in spent.values())
+    return Start(best, portfolio[best], bits, dict(sorted(work.items(), key=lambda item: item[1])), origin)
+
+
+def _held(name: str, exemplars: Tensor | None, reach: Reach) -> Float[Tensor, "held reach"]:
+    """The input directions to which the components' answers are given, by exemplars or the model's own coordinates."""
+    whole = torch.eye(len(reach.power), dtype=reach.power.dtype, device=reach.power.device)
+    if exemplars is None:
+        return whole[:0] if name == "svd" else whole
     # More exemplars than dimensions cannot each have a component that answers to it alone.
-    origin = {
-        "basis": reach.basis,
-        "power": reach.power,
-        "exemplars": own if len(own) <= len(reach.power) else own[:0],
-    }
-    return Start(best, portfolio[best], dict(sorted(bits.items(), key=lambda item: item[1])), origin)
+    return exemplars if len(exemplars) <= len(whole) else whole[:0]
 
 
-def _bits_alone(
+def _spent(
     model: nn.Module, sample: Sample, site: Site, pieces: Pieces, divergence: Divergence, tolerance: float
-) -> float:
-    """Naming and values per input of one site's pieces, at the gates that the tolerance affords under zero-ablation.
+) -> tuple[Float[Tensor, " component"], float]:
+    """Frequencies of one site's pieces at the gates that the tolerance affords under zero-ablation, and their bits.
 
-    The dictionary is left out: it is paid once, and every member of the portfolio stores the same weight.
+    Bits are naming and values per input. The dictionary is left out: it is paid once, and every member of the portfolio
+    stores the same weight.
     """
     inner = inner_activations(sample.record, site, pieces)
     sizes = [pieces.activations(h) for h in inner]
@@ -111,7 +120,19 @@ def _bits_alone(
     best = highest_price(damage, tolerance * sample.nothing, trade.typical * 1e-6, trade.typical * 10, _ROUNDS)
     thresholds = trade.thresholds(best)
     frequency = _frequency([opened(a, thresholds) for a in sizes])
-    return price(_n_rows(sizes), tolerance, [frequency], [pieces.ranks()], [site.shape]).per_input
+    bits = price(_n_rows(sizes), tolerance, [frequency], [pieces.ranks()], [site.shape]).per_input
+    return frequency, bits
+
+
+def _work(pieces: Pieces, size: Float[Tensor, " d_in"], frequency: Tensor, bits: float, tolerance: float) -> float:
+    """Bits that active components move per input: `bits`, and a value over every wire in and out.
+
+    A component that reads or writes few coordinates does less. Without the wires, components that mix everything cost
+    no more than ones that each do one thing.
+    """
+    held = 1 - tolerance
+    moved = frequency * (wires(pieces.v * size, held) + wires(pieces.u, held))
+    return bits + float(moved.sum()) * value_bits(tolerance)
 
 
 def _trade(pieces: Pieces, inner: Sequence[Tensor], sizes: Sequence[Tensor], sensitivity: Sequence[Tensor]) -> Trade:

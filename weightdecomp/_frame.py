@@ -105,27 +105,27 @@ class Frame(NamedTuple):
 def frame(
     basis: Float[Tensor, "d_in reach"],
     power: Float[Tensor, " reach"],
-    exemplars: Float[Tensor, "exemplar reach"],
+    held: Float[Tensor, "held reach"],
     matrix: Float[Tensor, "d_out d_in"],
     pieces: Pieces,
 ) -> Frame:
     """Scale the basis to the inputs and choose the side on which exactness is best conditioned.
 
-    Where the first pieces answer to exemplars, one each, they go on doing so: only what the exemplars do not span is
-    left to move.
+    Where the first pieces answer to directions, one each, they go on doing so: only what those do not span is left to
+    move.
     """
     root = power.clamp_min(_FLOOR * power.max()).sqrt()
     basis, dual = basis * root, basis / root
-    whole, held = matrix @ basis, len(exemplars)
-    if held:
-        free = torch.linalg.svd(exemplars / root).Vh[held:].T
+    whole, n_held = matrix @ basis, len(held)
+    if n_held:
+        free = torch.linalg.svd(held / root).Vh[n_held:].T
         basis, dual = basis @ free, dual @ free
-    kept_v = pieces.v - pieces.v @ basis @ dual.T if held else torch.zeros_like(pieces.v)
+    kept_v = pieces.v - pieces.v @ basis @ dual.T if n_held else torch.zeros_like(pieces.v)
     by_v = conditioning(pieces.u)
-    by_u = 0.0 if held else conditioning(pieces.v @ basis)
+    by_u = 0.0 if n_held else conditioning(pieces.v @ basis)
     columns = None
     if max(by_v, by_u) < 1e-4:
         left, sizes, _ = torch.linalg.svd(whole, full_matrices=False)
         columns = left[:, sizes > 1e-6 * sizes[0]].T
     move_v = by_v >= by_u or columns is not None
-    return Frame(basis, dual, matrix @ basis, move_v, columns, kept_v, pieces.u[:held])
+    return Frame(basis, dual, matrix @ basis, move_v, columns, kept_v, pieces.u[:n_held])

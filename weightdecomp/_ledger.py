@@ -58,6 +58,13 @@ def value_bits(tolerance: float) -> float:
     return 0.5 * math.log2(1 / tolerance)
 
 
+def wires(vectors: Float[Tensor, "*n d"], share: float) -> Float[Tensor, "*n"]:
+    """How many coordinates hold a share of each vector's square, the last of them in part; 0 for a zero vector."""
+    power = vectors.square().sort(-1, descending=True).values
+    wanted = share * power.sum(-1, keepdim=True) - (power.cumsum(-1) - power)
+    return (wanted / power.where(power > 0, torch.inf)).clamp(0, 1).sum(-1)
+
+
 def dictionary_bits(frequency: Float[Tensor, "*n"], numbers: Real[Tensor, "*n"], n_inputs: int) -> Float[Tensor, "*n"]:
     """Bits to store each component's numbers at the precision that its use deserves."""
     return numbers * 0.5 * torch.log2(1 + n_inputs * frequency)

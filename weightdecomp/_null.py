@@ -70,5 +70,5 @@ def null_effort(
         twin, twins = redrawn(model, sites, rng)
         sample = taken(twin, some, twins, divergence, max(1, config.sample // 2), rng)
         starts = [chosen_start(twin, sample, site, divergence, tolerance, config) for site in twins]
-        found.append(effort(twin, sample, twins, sum(start.bits[start.name] for start in starts), tolerance))
+        found.append(effort(twin, sample, twins, sum(start.bits for start in starts), tolerance))
     return sum(found) / len(found)

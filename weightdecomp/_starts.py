@@ -13,6 +13,7 @@ _REACHED = 1e-9  # relative mean square below which an input direction counts as
 _CUTS = 3  # numbers of exemplars that the ledger chooses from
 _CONE = 512  # rows that a direction is refined on
 _AGREEMENTS = (0.99, 0.9)  # |cosines| from which two inputs count as one direction
+_PARALLEL = 1e-5  # sine up to which two rows or columns of a matrix count as one direction: that of rounding
 _LEAST_COUNT = 2  # rows that must agree on a direction for it to be an exemplar
 _LEAST_WEIGHT = 0.01  # rows whose effect is below this share of the mean are not looked at
 
@@ -61,6 +62,35 @@ def row_start(reach: Reach) -> Pieces:
 def column_start(reach: Reach, matrix: Float[Tensor, "d_out d_in"]) -> Pieces:
     """One piece an input coordinate (a neuron after its nonlinearity)."""
     return reach.lifted(reach.basis, matrix.T)
+
+
+def row_line_start(reach: Reach) -> Pieces | None:
+    """One piece a direction that rows share: what several output coordinates read alike; None where none do."""
+    lines = _lines(reach.weight)
+    return reach.lifted(*lines) if len(lines[0]) < len(reach.weight) else None
+
+
+def column_line_start(reach: Reach, matrix: Float[Tensor, "d_out d_in"]) -> Pieces | None:
+    """One piece a direction that columns share: what several input coordinates write alike; None where none do."""
+    u, v = _lines(matrix.T)
+    return reach.lifted(v @ reach.basis, u) if len(v) < matrix.shape[1] else None
+
+
+def _lines(vectors: Float[Tensor, "n d"]) -> tuple[Float[Tensor, "line d"], Float[Tensor, "line n"]]:
+    """Unit directions on which the vectors lie, and each vector's length along its own; zero vectors have none."""
+    length = vectors.norm(dim=1)
+    unit = torch.nn.functional.normalize(vectors.double())
+    same = 1 - (unit @ unit.T).square() < _PARALLEL**2
+    left = length > _REACHED * length.max()
+    directions, lengths = [vectors[:0]], [vectors.new_zeros(0, len(vectors))]
+    while left.any():
+        first = int(length.where(left, 0).argmax())
+        own = left & same[first]
+        signs = torch.sign(unit[own] @ unit[first]).to(vectors.dtype)
+        directions.append(torch.nn.functional.normalize(signs @ vectors[own], dim=0)[None])
+        lengths.append((vectors @ directions[-1][0]).where(own, 0)[None])
+        left &= ~own
+    return torch.cat(directions), torch.cat(lengths)
 
 
 class Exemplars(NamedTuple):
@@ -194,11 +224,11 @@ def exemplar_start(reach: Reach, directions: Float[Tensor, "exemplar reach"]) ->
 
 
 def plain_starts(matrix: Float[Tensor, "d_out d_in"], reach: Reach, most: int) -> dict[str, Pieces]:
-    """The starts that need no search, by name: singular pairs, output coordinates, input coordinates."""
+    """The starts that need no search, by name: singular pairs, coordinates, and the lines that coordinates share."""
     d_out, d_in = matrix.shape
-    found = {"svd": svd_start(reach)}
+    found: dict[str, Pieces | None] = {"svd": svd_start(reach)}
     if d_out <= most:
-        found["rows"] = row_start(reach)
+        found |= {"rows": row_start(reach), "row lines": row_line_start(reach)}
     if d_in <= most:
-        found["columns"] = column_start(reach, matrix)
-    return found
+        found |= {"columns": column_start(reach, matrix), "column lines": column_line_start(reach, matrix)}
+    return {name: pieces for name, pieces in found.items() if pieces is not None}
