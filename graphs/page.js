@@ -330,7 +330,7 @@ function card() {
 }
 
 function emptyCard() {
-  const top = byInfluence.filter(i => ["component", "circuit", "pair"].includes(get("kind", i))).slice(0, 10);
+  const top = byInfluence.filter(i => ["component", "circuit", "unit", "pair"].includes(get("kind", i))).slice(0, 10);
   const list = el("ol", {});
   for (const i of top) list.append(entry(i, get("influence", i)));
   return [el("h2", {}, "Most influential"), el("p", {className: "note"}, "Share of the outputs that flows through a component."), list];
