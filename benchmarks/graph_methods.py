@@ -222,4 +222,4 @@ def spreads(runs: Sequence[Mapping[str, float]]) -> dict[str, Any]:
 def ranged(one: Mapping[str, float], form: str) -> str:
     """A median, with its range where seeds differ."""
     middle, low, high = (f"{one[name]:{form}}" for name in ("median", "low", "high"))
-    return middle if low == high else f"{middle} ({low}-{high})"
+    return middle if low == high else f"{middle} ({low} to {high})"

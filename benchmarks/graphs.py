@@ -227,9 +227,9 @@ _METHODS = (
     "every second setting where it is trained, the one counts that has the fewest active units within the tolerance of "
     "damage .02, else the least damage. Edges that carry 90 and 99 % of the influence on the outputs, of all edges; "
     "modularity Q, and Q with weights shuffled between the same two layers; influence through what the units do not "
-    "explain; damage of the model run on the units alone; active units per row, summed over sites. Random directions: "
-    "as many active as the weight decomposition has. Few edges mean little where the damage is large or the influence "
-    "goes through remainders."
+    "explain, sites that the method leaves as they are included; damage of the model run on the units alone; active "
+    "units per row, summed over sites. Random directions: as many active as the weight decomposition has. Few edges "
+    "mean little where the damage is large or the influence goes through remainders."
 )
 
 

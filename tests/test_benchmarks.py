@@ -171,7 +171,7 @@ def test_a_table_of_methods_has_medians_with_ranges_and_reasons_below():
 
     lines = found.splitlines()
     assert [line.split("|")[1].strip() for line in lines[2:4]] == ["few", "many"]
-    assert "2 (1-4)" in lines[2]
+    assert "2 (1 to 4)" in lines[2]
     assert lines[-1] == "- none: no rows"
 
 
