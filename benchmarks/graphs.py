@@ -1,19 +1,19 @@
 """What do circuit graphs cost, do their edges agree with interventions, and which method's graph is simplest?
 
 Sizes: build, prune, score, modules, paths, write and read at 300/2k, 3k/30k and 10k/100k nodes/edges, of random
-ReLU networks cut into singular pieces, all of them shown. Agreement: every edge of component sources,
-by gradient and along a path, against taking the source away in the running model. Simplicity: edges needed for 90
-and 99 % of the influence and modularity above its null, of the weight decomposition and of activation bases with
-as many components active.
+ReLU networks cut into singular pieces, all of them shown. Agreement: every edge of component sources, by gradient
+and along a path, against taking the source away in the running model. Methods: see `graph_methods`.
 """
 
 import argparse
 import gc
+import json
 import sys
 import tempfile
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,9 +22,10 @@ import torch
 from torch import Tensor, nn
 
 import graphs
-from benchmarks.closed_form import ACTIVATION_BASES, closed_form, svd
-from benchmarks.report import RESULTS, provenance, spread, table, write, write_json
-from benchmarks.speed import Transformer
+from benchmarks.closed_form import closed_form, svd
+from benchmarks.graph_methods import CASES, GRAPHED, STEPS, methods_table, ranged, spreads
+from benchmarks.graph_methods import measured as of_methods
+from benchmarks.report import RESULTS, provenance, table, write, write_json
 from benchmarks.targets import make, one_thread
 from weightdecomp import Decomposition, NumericalWarning, decompose
 
@@ -72,14 +73,7 @@ def timed(function: Callable[[], Any]) -> tuple[float, Any]:
 def sized(size: Size, seeds: Sequence[int]) -> dict[str, Any]:
     """All times and file sizes of one size; one run a seed."""
     runs = [_sized(size, seed) for seed in seeds]
-    keys = dict.fromkeys(key for run in runs for key in run)
-    return {key: spread([run[key] for run in runs])._asdict() for key in keys}
-
-
-def _runs(size: Size, seeds: Sequence[int]) -> dict[str, Any]:
-    """All seeds, or the first alone where one takes minutes."""
-    print(f"{size.nodes:,} nodes", file=sys.stderr)
-    return sized(size, seeds[:1] if size.nodes >= 10_000 else seeds)
+    return spreads(runs)
 
 
 def _sized(size: Size, seed: int) -> dict[str, float]:
@@ -166,107 +160,82 @@ def trained(task: str, seed: int, smoke: bool) -> tuple[Decomposition, Tensor]:
     return decomposition, inputs[target.active(inputs).sum(1) >= 2]
 
 
-def transformer(seed: int, smoke: bool) -> tuple[Decomposition, Tensor]:
-    """A small transformer of random weights, cut into singular pieces, and token ids."""
-    d, layers, vocabulary = (8, 1, 16) if smoke else (16, 2, 64)
-    with torch.random.fork_rng():
-        torch.random.default_generator.manual_seed(seed)
-        model = Transformer(d, layers, vocabulary).eval()
-    tokens = torch.randint(vocabulary, (16, 6), generator=torch.Generator().manual_seed(seed))
-    return closed_form(model, tokens, svd, sites=["blocks.*"]), tokens
-
-
-# ------------------------------------------------------------ simplicity
-
-
-def simplicity(
-    decomposition: Decomposition, inputs: Tensor, seeds: int, edges: int | None
-) -> dict[str, dict[str, float]]:
-    """Edges needed and modularity above its null, of ours and of every activation basis at the same number active.
-
-    Where `edges` is given, only that many are kept; what the others would carry is in the figures too.
-    """
-    importances = decomposition.importances(inputs)
-    active = {path: float((gate > 0).sum(-1).double().mean()) for path, gate in importances.items()}
-    sites = [site.path for site in decomposition.sites]
-    candidates: dict[str, Decomposition] = {"weight decomposition": decomposition}
-    for name, cut in ACTIVATION_BASES.items():
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # ICA warns where it has not converged; its graph counts as it is
-            candidates[name] = closed_form(decomposition.target, inputs, cut, active=active, sites=sites)
-    found = {}
-    for name, one in candidates.items():
-        graph = graphs.circuit_graph(one, inputs, edges=edges)
-        measured = graphs.complexity(graph, seeds=seeds)._asdict()
-        shares = {target: 0.0 for _, target in graph.edges}
-        for _, target, share in graph.edges(data="share"):
-            shares[target] += share
-        hidden = sum((1 - share) * graph.nodes[target]["influence"] for target, share in shares.items())
-        rest = sum(d["influence"] for _, d in graph.nodes(data=True) if d["kind"] == "remainder")
-        found[name] = {key: float(x) for key, x in measured.items()} | {"through remainders": rest, "hidden": hidden}
-    return found
+def agreements(seeds: Sequence[int], smoke: bool) -> dict[str, Any]:
+    """Agreement on every model; inputs of a graph are few where a pass a source is long."""
+    n_inputs = {"tms_5_2": 8, "tms_40_10": 8, "resid_mlp_1": 2}
+    runs: dict[str, list[dict[str, float]]] = {}
+    for seed in seeds:
+        for task, n in list(n_inputs.items())[: 1 if smoke else None]:
+            decomposition, inputs = trained(task, seed, smoke)
+            runs.setdefault(task, []).append(agreement(Case(decomposition, inputs[: 1 if smoke else n].split(1))))
+        case = CASES["transformer"](seed, smoke)
+        own = Case(case.decomposition, case.held_out[: 1 if smoke else 4].split(1))
+        runs.setdefault("transformer", []).append(agreement(own))
+        print(f"agreement, seed {seed}", file=sys.stderr)
+    return {name: spreads(found) for name, found in runs.items()}
 
 
 # ------------------------------------------------------------ the whole run
 
 
-def measured(smoke: bool) -> dict[str, Any]:
-    """All figures, with where and how they were measured."""
-    sizes, seeds = (SMOKE_SIZES, [0]) if smoke else (SIZES, [0, 1, 2])
-    tasks = ["tms_5_2"] if smoke else ["tms_5_2", "tms_40_10", "resid_mlp_1"]
-    agreed: dict[str, list[dict[str, float]]] = {}
-    simple: dict[str, list[dict[str, dict[str, float]]]] = {}
-    large = "resid_mlp_1"  # a thousand inputs: one seed, fewer inputs, and the strongest edges only
-    for task in tasks:
-        for seed in seeds if task != large else seeds[:1]:
-            decomposition, inputs = trained(task, seed, smoke)
-            n = 1 if smoke else 2 if task == large else 8
-            agreed.setdefault(task, []).append(agreement(Case(decomposition, inputs[:n].split(1))))
-            options = (inputs[:64], 2, 20_000) if task == large else (inputs, 2 if smoke else 10, None)
-            simple.setdefault(task, []).append(simplicity(decomposition, *options))
-            print(f"{task}, seed {seed}", file=sys.stderr)
-    for seed in seeds:
-        decomposition, tokens = transformer(seed, smoke)
-        agreed.setdefault("transformer", []).append(
-            agreement(Case(decomposition, tokens[: 1 if smoke else 2].split(1)))
-        )
-    return {
-        "sizes": {f"{size.nodes:,} / {size.edges:,}": _runs(size, seeds) for size in sizes},
-        "agreement": {name: _spreads(runs) for name, runs in agreed.items()},
-        "simplicity": {
-            task: {method: _spreads([run[method] for run in runs]) for method in runs[0]}
-            for task, runs in simple.items()
-        },
-        "inputs": INPUTS,
-        "seeds": seeds,
-        "provenance": provenance(),
-    }
+def sizes(seeds: Sequence[int], smoke: bool) -> dict[str, Any]:
+    """Times and file sizes at every size."""
+    return {f"{one.nodes:,} / {one.edges:,}": sized(one, seeds) for one in (SMOKE_SIZES if smoke else SIZES)}
 
 
-def _spreads(runs: Sequence[Mapping[str, float]]) -> dict[str, Any]:
-    return {key: spread([run[key] for run in runs])._asdict() for key in runs[0]}
+PARTS: Mapping[str, Callable[[Sequence[int], bool], dict[str, Any]]] = {
+    "sizes": sizes,
+    "agreement": agreements,
+    **{name: partial(of_methods, name) for name in CASES},
+}
+
+
+def measured(part: str, smoke: bool) -> dict[str, Any]:
+    """One part's figures, with where and how they were measured."""
+    seeds = [0] if smoke else [0, 1, 2]
+    return {"figures": PARTS[part](seeds, smoke), "seeds": seeds, "provenance": provenance()}
 
 
 def markdown(result: Mapping[str, Any]) -> str:
-    """The tables of a result."""
-    blocks = [_sizes_table(result["sizes"]), _agreement_table(result["agreement"])]
-    blocks += [f"{task}:\n\n{_simplicity_table(found)}" for task, found in result["simplicity"].items()]
-    where = result["provenance"]
-    legend = (
-        f"Medians over seeds {result['seeds']} (ranges in the JSON; the residual MLP and the largest size have one "
-        f"seed); CPU seconds of one thread. Build: gradient effects on {result['inputs']} inputs. Score: five regimes, "
-        "the attack with 20 steps x 3 restarts. Every write reads back and compares. Agreement: worst error as a share "
-        "of the largest intervention, mean error as a share of their mean size. Simplicity: all methods have as many "
-        "components active per input as the weight decomposition; what they leave inactive flows through remainders. "
-        "Hidden: influence of edges beyond the 20,000 strongest of the residual MLP, which no other column counts.\n\n"
-        f"{where['machine']}, torch {where['torch']}, {where['date'][:10]}, commit {where['commit'][:9]}."
-    )
-    return "\n\n".join([*blocks, legend]) + "\n"
+    """The tables of a result, each with what its figures are."""
+    blocks = []
+    for part, one in result.items():
+        title = part.capitalize() if part in _LEGENDS else f"Methods on {part}"
+        blocks += [f"## {title}", _TABLES.get(part, methods_table)(one["figures"])]
+        blocks += [" ".join(text for text in (_LEGENDS.get(part), _measured(one)) if text)]
+        if part == "agreement":
+            blocks.append(_METHODS)
+    return "\n\n".join(blocks) + "\n"
+
+
+def _measured(one: Mapping[str, Any]) -> str:
+    """Seeds, machine and commit of one part."""
+    where, seeds = one["provenance"], one["seeds"]
+    runs = f"Medians over seeds {seeds}, ranges in brackets" if len(seeds) > 1 else f"Seed {seeds[0]} alone"
+    return f"{runs}. {where['machine']}, torch {where['torch']}, {where['date'][:10]}, commit {where['commit'][:9]}."
+
+
+_LEGENDS = {
+    "sizes": "CPU seconds of one thread, of random ReLU networks cut into singular pieces. Build: gradient effects on "
+    f"{INPUTS} inputs. Score: five regimes, the attack with 20 steps x 3 restarts. Writes read back and compare.",
+    "agreement": "Edges against taking the source away in the running model: worst error as a share of the largest "
+    "intervention, mean error as a share of their mean size.",
+}
+_METHODS = (
+    "The tables of methods below: every method's units at the same sites of the same models; graphs of "
+    f"{GRAPHED} held-out inputs with all edges; {STEPS} training steps where there is training. Of a method's grid, "
+    "every second setting where it is trained, the one counts that has the fewest active units within the tolerance of "
+    "damage .02, else the least damage. Edges that carry 90 and 99 % of the influence on the outputs, of all edges; "
+    "modularity Q, and Q with weights shuffled between the same two layers; influence through what the units do not "
+    "explain, sites that the method leaves as they are included; damage of the model run on the units alone; active "
+    "units per row, summed over sites. Random directions: as many active as the weight decomposition has. Few edges "
+    "mean little where the damage is large or the influence goes through remainders."
+)
 
 
 def _sizes_table(sizes: Mapping[str, Any]) -> str:
     names = list(next(iter(sizes.values())))
-    rows = [[name, *(f"{one[name]['median']:.3g}" for one in sizes.values())] for name in names]
+    rows = [[name, *(ranged(one[name], ".3g") for one in sizes.values())] for name in names]
     return table(["nodes / edges", *sizes], rows)
 
 
@@ -274,30 +243,29 @@ def _agreement_table(agreed: Mapping[str, Any]) -> str:
     names = ("correlation", "mean error", "worst error")
     head = ["model", "edges", *(f"{effects} {name}" for effects in ("gradient", "path") for name in names)]
     rows = [
-        [model, f"{one['edges']['median']:,.0f}", *(f"{one[name]['median']:.4f}" for name in head[2:])]
+        [model, ranged(one["edges"], ",.0f"), *(ranged(one[name], ".3f") for name in head[2:])]
         for model, one in agreed.items()
     ]
     return table(head, rows)
 
 
-def _simplicity_table(found: Mapping[str, Any]) -> str:
-    head = ["method", "edges_90", "edges_99", "q", "q_null", "q_excess", "through remainders", "hidden"]
-    rows = []
-    for method, one in found.items():
-        counts = [f"{one[name]['median']:.0f}" for name in head[1:3]]
-        rows.append([method, *counts, *(f"{one[name]['median']:.3f}" for name in head[3:])])
-    return table(["method", "edges for 90 %", "99 %", "Q", "null", "Q - null", "through remainders", "hidden"], rows)
+_TABLES = {"sizes": _sizes_table, "agreement": _agreement_table}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the benchmark; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.graphs", description=__doc__)
     parser.add_argument("--smoke", action="store_true", help="tiny targets, in seconds; figures mean nothing")
-    smoke = parser.parse_args(arguments).smoke
+    parser.add_argument("--only", choices=list(PARTS), help="run this part and keep the others' last results")
+    given = parser.parse_args(arguments)
+    path = RESULTS / "graphs.json"
+    result = json.loads(path.read_text()) if given.only and not given.smoke and path.exists() else {}
     with one_thread():
-        result = measured(smoke)
-    if not smoke:
-        write_json(RESULTS / "graphs.json", result)
+        for part in [given.only] if given.only else PARTS:
+            result[part] = measured(part, given.smoke)
+    result = {part: result[part] for part in PARTS if part in result}
+    if not given.smoke:
+        write_json(path, result)
         write(RESULTS / "graphs.md", markdown(result))
     print(markdown(result))
     return 0

@@ -10,25 +10,24 @@ A component that is not shown belongs to its site's remainder, so nothing is lef
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any, NamedTuple
+from typing import Any
 
 import networkx as nx
 import torch
-from jaxtyping import Int
-from torch import Tensor
 
 from graphs import _edges
 from graphs._card import cards
-from graphs._edges import Block, Choice, Scene, staged
+from graphs._edges import Block
 from graphs._influence import add_influence
 from graphs._removal import by_removal
+from graphs._scene import Choice, Scene, readers, staged
 from graphs._tally import Tally
 from graphs._trace import Trace, check_order, parents, traced
+from graphs._units import component_gates, digest_of, of_components, of_method, unit_gates
 from weightdecomp import Decomposition
+from weightdecomp.baselines import Fitted
 from weightdecomp.engine import (
     Batch,
-    Pieces,
-    Record,
     batch_digest,
     call,
     output_tensor,
@@ -53,6 +52,7 @@ def circuit_graph(
     *,
     components: str = "open",
     collapse: bool = False,
+    units: Fitted | None = None,
     effects: str = "gradient",
     steps: int = 8,
     positions: bool | None = None,
@@ -74,6 +74,8 @@ def circuit_graph(
         components: "open" shows a component where its gate is open and counts it to the remainder elsewhere;
             "all" shows every component everywhere.
         collapse: One node for all components of a circuit at a site.
+        units: Another method's units in place of the components, as `weightdecomp.baselines` fits them on the
+            decomposition's target and sites; gates are what the method says.
         effects: "gradient" (gradient times contribution; exact where the way to the target is linear in the source),
             "path" (averaged while all sources grow from nothing to what they are, so that they sum to the value) or
             "removal" (an intervention for every source: a pass of the model each).
@@ -101,32 +103,35 @@ def circuit_graph(
         raise ValueError(f"components must be 'open' or 'all', got {components!r}")
     if steps < 1:
         raise ValueError(f"steps must be at least 1, got {steps}")
+    if collapse and units is not None:
+        raise ValueError("collapse joins components of circuits, which units of another method have not; leave one out")
     batches = decomposition.read(inputs if isinstance(inputs, list) else [inputs])
     n_inputs = sum(size(batch) for batch in batches)
     apart = n_inputs == 1 if positions is None else positions
     model, sites = decomposition.target, decomposition.sites
-    nodes = {site.path: _nodes(decomposition, site.path, collapse) for site in sites}
-    pieces = {path: own.pieces for path, own in nodes.items()}
-    circuits = {path: own.circuits for path, own in nodes.items() if own.circuits is not None}
+    cast = of_components(decomposition, collapse) if units is None else of_method(decomposition, units)
+    circuits = {path: own.circuits for path, own in cast.items() if own.circuits is not None}
     first = select(batches[0], torch.arange(1, device=tensors(batches[0])[0].device))
-    check_order(model, sites, pieces, first)
-    probe = traced(model, sites, pieces, first)
+    check_order(model, sites, readers(cast), first)
+    probe = traced(model, sites, readers(cast), first)
     names = _free("input", decomposition), _free("output", decomposition)
     shown_outputs, at = _outputs(decomposition, batches, outputs, output_positions, apart)
     tally = Tally(n_inputs, circuits)
     for batch in _chunks(batches, probe):
-        trace = traced(model, sites, pieces, batch)
-        importances = _importances(decomposition, trace, nodes, components)
+        trace = traced(model, sites, readers(cast), batch)
+        importances = component_gates(decomposition, cast, trace) if units is None else unit_gates(cast, trace)
+        if components == "all":
+            importances = {path: [torch.ones_like(x) for x in calls] for path, calls in importances.items()}
         choice = Choice(
             shown={path: [gate > 0 for gate in calls] for path, calls in importances.items()},
-            kind="circuit" if collapse else "component",
+            kind="unit" if units is not None else "circuit" if collapse else "component",
             outputs=shown_outputs,
             positions=apart,
             output_positions=at,
             input_name=names[0],
             output_name=names[1],
         )
-        scene = staged(model, sites, pieces, batch, trace, choice)
+        scene = staged(model, sites, cast, batch, trace, choice)
         tally.nodes(scene, importances)
         for block in _METHODS[effects](scene, steps):
             tally.edges(block)
@@ -134,6 +139,8 @@ def circuit_graph(
     _add_layers(graph, probe, decomposition)
     cards(graph, decomposition, input_titles, output_titles)
     graph.graph.update(_about(decomposition, batches, n_inputs, apart, effects, components, collapse))
+    if units is not None:
+        graph.graph |= {"decomposition": digest_of(units), "method": f"{units.name}, {units.setting}"}
     add_influence(graph, decomposition.divergence.name)
     return graph
 
@@ -148,52 +155,6 @@ _METHODS: Mapping[str, Callable[[Scene, int], Iterator[Block]]] = {
 def _evidence(effects: str, n_inputs: int) -> str:
     """An intervention is known on its inputs; gradients and paths estimate it, and so does a mean."""
     return "exact" if effects == "removal" and n_inputs == 1 else "estimate"
-
-
-class _Nodes(NamedTuple):
-    """What the nodes of a site stand for.
-
-    Attributes:
-        pieces: The components, or the circuits' parts of the site.
-        member: The node of every component.
-        circuits: Number of every node's circuit where nodes are circuits, else None.
-    """
-
-    pieces: Pieces
-    member: Int[Tensor, " component"]
-    circuits: list[int] | None
-
-
-def _nodes(decomposition: Decomposition, path: str, collapse: bool) -> _Nodes:
-    own = decomposition.parts[path].pieces
-    if not collapse:
-        return _Nodes(own, torch.arange(own.n, device=own.v.device), None)
-    number = {member: i for i, group in enumerate(decomposition.groups) for member in group}
-    every = torch.tensor([number[path, c] for c in range(own.n)], dtype=torch.long, device=own.v.device)
-    circuits, member = every.unique(return_inverse=True)
-    owner = member[own.owner]
-    order = owner.argsort(stable=True)
-    return _Nodes(Pieces(own.v[order], own.u[order], owner[order]), member, circuits.tolist())
-
-
-def _importances(
-    decomposition: Decomposition, trace: Trace, nodes: Mapping[str, _Nodes], components: str
-) -> dict[str, list[Tensor]]:
-    """Gates of components, or the largest of each circuit's; all 1 where all shall be shown."""
-    operands: dict[str, list] = {site.path: [] for site in decomposition.sites}
-    for event in trace.events:
-        operands[event.site.path].append(tuple(x.detach() if isinstance(x, Tensor) else x for x in event.operands))
-    with torch.no_grad():
-        gates = decomposition.gates_on(Record(trace.returned, operands))
-    found = {}
-    for path, calls in gates.items():
-        own = [torch.ones_like(gate) if components == "all" else gate for gate in calls]
-        member, n = nodes[path].member, nodes[path].pieces.n
-        found[path] = [
-            gate.new_zeros(*gate.shape[:-1], n).scatter_reduce(-1, member.expand(gate.shape), gate, "amax")
-            for gate in own
-        ]
-    return found
 
 
 def _chunks(batches: Sequence[Batch], probe: Trace) -> Iterator[Batch]:

@@ -11,6 +11,7 @@ from typing import Any
 
 import networkx as nx
 
+from graphs._columns import UNITS
 from graphs._influence import influences
 from graphs._networkx_formats import check_elements, loaded
 
@@ -31,7 +32,7 @@ def trimmed(graph: nx.DiGraph) -> nx.DiGraph:
             node
             for node, data in found.nodes(data=True)
             if (data.get("kind") not in ("input", "output") and not found.out_degree(node))
-            or (data.get("kind") in ("component", "circuit") and not found.in_degree(node))
+            or (data.get("kind") in UNITS and not found.in_degree(node))
         ]
         if not loose:
             return found
@@ -126,7 +127,7 @@ def _node(
         p = float(data.get("importance", 0.0))
         found |= {"feature": index, "layer": str(layer), "feature_type": "logit", "token_prob": p}
         found |= {"clerp": f"{title} (p={p:.3f})", "is_target_logit": True}
-    elif kind in ("component", "circuit"):
+    elif kind in UNITS:
         found |= {"feature": cantor(layer, index), "layer": str(layer), "clerp": title}
         found |= {"feature_type": "cross layer transcoder", "jsNodeId": f"{layer}_{index}-0"}
     else:
@@ -154,7 +155,7 @@ def _examples(graph: nx.DiGraph) -> dict[str, bytes]:
     """One file a component with its top inputs."""
     found = {}
     for _, data in graph.nodes(data=True):
-        if data["kind"] not in ("component", "circuit") or "top_inputs" not in data:
+        if data["kind"] not in UNITS or "top_inputs" not in data:
             continue
         number = cantor(int(data.get("order", 0)), int(data["index"]))
         pairs = [one.split(": ") for one in data["top_inputs"].split("; ")]

@@ -4,20 +4,25 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Bool, Float, Int, Shaped
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from graphs._trace import Event, Feed, Trace
+from graphs._trace import Event, Feed, Trace, by_position
+from graphs._units import Written
 from weightdecomp.engine import Pieces
 
 _MOST_FEATURES = 4096  # of one position; wider inputs are one column a position
+
+
+UNITS = ("component", "circuit", "unit")
+"""Kinds of nodes that are read from a site's input and have a gate."""
 
 
 class Key(NamedTuple):
     """What a node stands for; its id is made from this.
 
     Attributes:
-        kind: "input", "component", "circuit", "remainder", "bias" or "output".
+        kind: "input", "component", "circuit", "unit", "remainder", "bias" or "output".
         site: Module path, or the name of an input or the output.
         number: Of the component, feature, token or output; None for what a site has one of.
         call: Number of the call where a module runs several times, else None.
@@ -43,19 +48,14 @@ def rounding(dtype: torch.dtype) -> float:
     return 1e-13 if dtype == torch.float64 else 1e-6
 
 
-def by_position(x: Tensor, n: int) -> Shaped[Tensor, "input position d"]:
-    """Rows with their positions flattened; rows that no single input owns belong to the only input there is."""
-    return x.reshape(n, -1, x.shape[-1])
-
-
 class SiteSources(NamedTuple):
     """Contributions of one call of a site.
 
     Attributes:
-        pieces: The site's components.
+        pieces: Those that write there.
         inner: Their inner activations.
-        rows: What the site writes, without its bias.
-        bias: The bias, or None.
+        rows: What the site writes, without its bias and what is written always.
+        bias: The bias and what is written always, or None.
         open: Which components are shown where.
         chosen: The columns among (position,) component, remainder, bias.
         positions: Whether positions are kept apart.
@@ -136,32 +136,34 @@ class Columns(NamedTuple):
         return self.parts.weights(gradient)
 
 
-def site_columns(
-    event: Event,
-    pieces: Pieces,
-    shown: Bool[Tensor, "input position component"],
-    kind: str,
-    positions: bool,
-) -> Columns:
-    """Components that are shown somewhere, the remainder and the bias of one call of a site."""
-    n, several = len(shown), event.site.n_calls > 1
-    inner, rows = by_position(event.inner.detach(), n), by_position(event.rows.detach(), n)
-    bias = getattr(event.site.module, "bias", None)
-    bias = None if bias is None else bias.detach().to(rows.dtype)
-    keep = torch.cat([shown.any(0), shown.new_ones(shown.shape[1], 1), shown.new_full((shown.shape[1], 1), True)], -1)
-    keep[:, -1] = bias is not None
-    places = keep.flatten() if positions else keep.any(0)
-    chosen = places.nonzero().flatten()
-    parts = SiteSources(pieces, inner, rows, bias, shown, chosen, positions)
+def site_columns(event: Event, written: Written, kind: str, positions: bool) -> Columns:
+    """Units that are shown somewhere, the remainder and the bias of one call of a site."""
+    pieces, shown, several = written.pieces, written.open, event.site.n_calls > 1
+    n = len(shown)
+    bias, rows = _constant(event, written.offset), by_position(event.rows.detach(), n) - written.offset
+    singles = shown.new_ones(shown.shape[1], 2)
+    singles[:, 1] = bias is not None
+    keep = torch.cat([shown.any(0), singles], -1)
+    chosen = (keep.flatten() if positions else keep.any(0)).nonzero().flatten()
+    parts = SiteSources(pieces, written.inner, rows, bias, shown, chosen, positions)
     width = keep.shape[1]
     has_positions = event.rows.ndim > 2 or len(event.rows) != n
     keys = []
     for i in chosen.tolist():
         position, index = divmod(i, width)
-        named = (kind, index) if index < pieces.n else (("remainder", "bias")[index - pieces.n], None)
+        single = ("remainder", "bias")[index - pieces.n] if index >= pieces.n else None
+        site, number = (event.site.path, None) if single else written.names[index]
         place = position if positions and has_positions else None
-        keys.append(Key(named[0], event.site.path, named[1], event.call if several else None, place))
+        keys.append(Key(single or kind, site, number, event.call if several else None, place))
     return Columns(keys, _sizes(parts), parts)
+
+
+def _constant(event: Event, offset: Tensor | float) -> Tensor | None:
+    """What a site adds always: its bias, and what units that replace it write always."""
+    bias = getattr(event.site.module, "bias", None)
+    if bias is None:
+        return offset if isinstance(offset, Tensor) else None
+    return bias.detach().to(event.rows.dtype) + offset
 
 
 def _sizes(parts: SiteSources) -> Float[Tensor, "input column"]:

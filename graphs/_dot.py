@@ -9,6 +9,8 @@ import networkx as nx
 _DRAWN = ("label", "style", "penwidth")  # what only the picture needs
 _QUOTED, _BARE = r'"(?:[^"\\]|\\.)*"', r'[^\s"\[\]{};=,>]+?(?=\s|[\[\]{};=,]|->|$)'
 _TOKEN = re.compile(rf"\s*(?:({_QUOTED})|({_BARE})|(->|[\[\]{{}};=,]))", re.DOTALL)
+_ESCAPE = re.compile(r"\\(.)", re.DOTALL)
+_IS_QUOTED, _IS_BARE = 1, 2  # groups of a token
 _WIDEST = 4.0  # points
 
 
@@ -58,16 +60,19 @@ Word = tuple[Any, str]  # a value, and whether it was "quoted", "bare" or a "mar
 def _words(text: str) -> list[Word]:
     found: list[Word] = []
     at, text = 0, text.rstrip()
-    while at < len(text):
-        match = _TOKEN.match(text, at)
-        if match is None:
-            raise ValueError(f"the file is not DOT at {text[at : at + 20]!r}")
-        quoted, bare, mark = match.groups()
-        if quoted is not None:
-            found.append((re.sub(r"\\(.)", r"\1", quoted[1:-1], flags=re.DOTALL), "quoted"))
+    for match in _TOKEN.finditer(text):
+        if match.start() != at:
+            break
+        kind, at = match.lastindex, match.end()
+        assert kind is not None
+        word = match[kind]
+        if kind == _IS_QUOTED:
+            # Most strings hold no escape.
+            found.append((_ESCAPE.sub(r"\1", word[1:-1]) if "\\" in word else word[1:-1], "quoted"))
         else:
-            found.append((mark, "mark") if mark else (_bare(bare), "bare"))
-        at = match.end()
+            found.append((_bare(word), "bare") if kind == _IS_BARE else (word, "mark"))
+    if at < len(text):
+        raise ValueError(f"the file is not DOT at {text[at : at + 20]!r}")
     return found
 
 

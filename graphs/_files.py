@@ -9,6 +9,7 @@ import networkx as nx
 
 from graphs import _networkx_formats as formats
 from graphs._circuit_tracer import circuit_tracer, read_circuit_tracer, trimmed
+from graphs._columns import UNITS
 from graphs._dot import dot, read_dot
 from graphs._influence import topological
 from graphs._page import page
@@ -32,7 +33,7 @@ FORMATS: Mapping[str, Format] = {
     ".dot": Format(dot, read_dot),
 }
 _TRACER, _PAGE = ".ct.json", ".html"
-_KINDS = ("input", "component", "circuit", "remainder", "bias", "pair", "output")
+_KINDS = ("input", *UNITS, "remainder", "bias", "pair", "output")
 
 
 def write(graph: nx.DiGraph, path: str | Path, *, nonfinite: str = "error") -> None:

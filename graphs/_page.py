@@ -4,6 +4,7 @@ import base64
 import hashlib
 import json
 from collections import Counter
+from collections.abc import Mapping
 from html import escape
 from importlib.resources import files
 from typing import Any
@@ -65,11 +66,11 @@ def title(graph: nx.DiGraph) -> str:
 
 
 def document(graph: nx.DiGraph) -> dict[str, Any]:
-    """What the page's script draws: columns of node attributes, and edges, those that carry most first."""
+    """What the page's script draws: columns of node attributes, and edges in the order in which they are shown."""
     places, nodes = layout(graph), list(graph)
     number = {node: i for i, node in enumerate(nodes)}
     shares = edge_shares(graph)
-    edges = sorted(shares, key=lambda edge: -shares[edge] * abs(graph.nodes[edge[1]].get("influence", 1.0)))
+    edges = _in_turns(graph, shares, places.row)
     shown = edges[:_EDGES]
     columns: dict[str, list] = {
         "id": nodes,
@@ -104,6 +105,22 @@ def document(graph: nx.DiGraph) -> dict[str, Any]:
         "overview": len(graph) > _MANY,
         "about": {name: value for name, value in own.items() if len(json.dumps(value)) < 4000},
     }
+
+
+def _in_turns(
+    graph: nx.DiGraph, shares: Mapping[tuple[str, str], float], row: Mapping[str, int]
+) -> list[tuple[str, str]]:
+    """Edges, those that carry most first, the rows that they enter taking turns.
+
+    Flow spreads over more edges the deeper it comes from, so that the largest of all would leave the inputs bare.
+    """
+    carried = {edge: share * abs(graph.nodes[edge[1]].get("influence", 1.0)) for edge, share in shares.items()}
+    turn: Counter[int] = Counter()
+    placed = []
+    for edge in sorted(carried, key=lambda edge: -carried[edge]):
+        turn[row[edge[1]]] += 1
+        placed.append((turn[row[edge[1]]], len(placed), edge))
+    return [edge for *_, edge in sorted(placed)]
 
 
 def scores(graph: nx.DiGraph) -> list[dict[str, Any]]:

@@ -6,14 +6,19 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from graphs._columns import Columns, FeedSources, SiteSources, by_position
-from graphs._edges import FIRST_FEED, Block, Scene, Targets, by_gradient, looked_up
-from graphs._trace import Trace, traced
+from graphs._columns import Columns, FeedSources, SiteSources
+from graphs._edges import Block, by_gradient, looked_up
+from graphs._scene import FIRST_FEED, Scene, Targets
+from graphs._trace import Trace, by_position
 from weightdecomp.engine import Batch, Pieces
 
 
 def by_removal(scene: Scene) -> Iterator[Block]:
     """Effects of taking every source away, all other sites' outputs held: one pass of the cut target a source."""
+    if scene.spanning:
+        raise ValueError(
+            "effects='removal' takes a unit away at one site, but some of these write at several; use 'gradient'"
+        )
     held = [event.rows.detach() for event in scene.trace.events]
     for i, columns in scene.sources.items():
         if i < 0:
@@ -30,7 +35,7 @@ def _removed_at_site(scene: Scene, held: Sequence[Tensor], i: int, columns: Colu
     for column in parts.chosen.tolist():
         other = list(held)
         other[i] = (held[i].reshape(parts.rows.shape) - _contribution(parts, column)).reshape(held[i].shape)
-        trace = traced(scene.model, scene.sites, scene.pieces, scene.batch, other)
+        trace = scene.again(other)
         for k in affected:
             changes[k].append(scene.targets[k].values - _values(scene, trace, k))
     for k in affected:
@@ -65,7 +70,7 @@ def _values(scene: Scene, trace: Trace, k: int) -> Float[Tensor, "input target"]
     else:
         event = trace.events[k]
         now = by_position(event.inner.detach(), scene.n)
-        pieces = scene.pieces[event.site.path]
+        pieces = scene.units[event.site.path].pieces
         if not pieces.rank_one:
             return _norms(own, pieces, now, scene, k)
     seeds = own.seeds(0, len(own.keys)).reshape(len(own.keys), *now.shape)
@@ -73,11 +78,10 @@ def _values(scene: Scene, trace: Trace, k: int) -> Float[Tensor, "input target"]
 
 
 def _norms(own: Targets, pieces: Pieces, now: Tensor, scene: Scene, k: int) -> Float[Tensor, "input target"]:
-    base = scene.sources[k].parts
-    assert isinstance(base, SiteSources)
-    sizes = pieces.activations(now) * base.open
+    event = scene.trace.events[k]
+    sizes = pieces.activations(now) * scene.shown[event.site.path][event.call]
     component = torch.tensor([key.number for key in own.keys])
-    if not base.positions:
+    if not scene.positions:
         return sizes.sum(1)[:, component]
     return sizes[:, torch.tensor([key.position or 0 for key in own.keys]), component]
 
@@ -103,7 +107,7 @@ def _removed_feeds(scene: Scene, held: Sequence[Tensor], i: int, columns: Column
         at = slice(position, position + 1) if parts.positions else slice(None)
         value[:, at, slice(None) if parts.grouped else feature] = 0
         batch = _with(scene.batch, x, _back(value, x, parts.feature_axis))
-        trace = traced(scene.model, scene.sites, scene.pieces, batch, held)
+        trace = scene.again(held, batch=batch)
         for k in affected:
             changes[k].append(scene.targets[k].values - _values(scene, trace, k))
     for k in affected:

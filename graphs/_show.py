@@ -6,6 +6,7 @@ from html import escape
 
 import networkx as nx
 
+from graphs._columns import UNITS
 from graphs._page import page, scores, title
 from graphs._sanitise import sanitise
 from graphs._svg import svg
@@ -51,7 +52,7 @@ def summary(graph: nx.DiGraph) -> str:
         lines[-1] += f", {graph.graph['hidden_edges']} more left out"
     for one in scores(graph):
         lines.append(f"{one['figure']}, {one['regime']}: {one['damage']:.3g} ({one['evidence']}, {one['budget']})")
-    strong = [node for node, data in graph.nodes(data=True) if data.get("kind") in ("component", "circuit")]
+    strong = [node for node, data in graph.nodes(data=True) if data.get("kind") in UNITS]
     strong.sort(key=lambda node: -graph.nodes[node].get("influence", 0.0))
     if strong:
         lines.append("most influential: " + ", ".join(strong[:5]))

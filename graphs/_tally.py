@@ -8,8 +8,10 @@ import numpy as np
 from scipy import sparse
 from torch import Tensor
 
-from graphs._columns import Key, by_position, rounding
-from graphs._edges import Block, Scene
+from graphs._columns import UNITS, Key, rounding
+from graphs._edges import Block
+from graphs._scene import Scene
+from graphs._trace import by_position
 
 _TOP = 5  # inputs named on a card
 _SINGLES = ("remainder", "bias", "input")  # left out where they are 0 on all inputs
@@ -40,13 +42,14 @@ class Tally:
         """Count the nodes of one batch."""
         self.precision = rounding(scene.targets[-1].values.dtype)
         for i, columns in scene.sources.items():
-            gates = None
             if i >= 0:
                 event = scene.trace.events[i]
                 gates = by_position(importances[event.site.path][event.call], scene.n)
                 place = event.site.path, event.call if event.site.n_calls > 1 else None
-                self.rows[place] = self.rows.get(place, 0) + gates[..., 0].numel()
-            self._count(columns.keys, columns.values, gates)
+                self.rows[place] = self.rows.get(place, 0) + gates.shape[:2].numel()
+                self._count(scene.targets[i].keys, scene.targets[i].values, gates)
+            singles = [j for j, key in enumerate(columns.keys) if key.kind not in UNITS]
+            self._count([columns.keys[j] for j in singles], columns.values[:, singles], None)
         output = scene.targets[-1]
         self._count(output.keys, output.values, None)
         self.seen += scene.n
@@ -55,16 +58,14 @@ class Tally:
         if not keys:
             return
         numbers, size = self.numbers(keys), values.double().cpu().numpy()
-        for i, number in enumerate(numbers):
-            gate = None
-            if keys[i].kind in ("component", "circuit"):
-                assert gates is not None
-                at = slice(None) if keys[i].position is None else slice(keys[i].position, (keys[i].position or 0) + 1)
-                gate = gates[:, at, keys[i].number]
-            opened = (0.0, 0.0) if gate is None else (float((gate > 0).sum()), float(gate.sum()))
-            self.add(int(number), size[:, i], *opened)
-            if gate is not None:
-                self._rank(int(number), size[:, i])
+        for i, (number, key) in enumerate(zip(numbers.tolist(), keys, strict=True)):
+            if gates is None:
+                self.add(number, size[:, i], 0.0, 0.0)
+                continue
+            at = slice(None) if key.position is None else slice(key.position, key.position + 1)
+            gate = gates[:, at, key.number]
+            self.add(number, size[:, i], float((gate > 0).sum()), float(gate.sum()))
+            self._rank(number, size[:, i])
 
     def add(self, number: int, values: np.ndarray, opened: float, importance: float) -> None:
         """Count one node's values, and the sums of its open gates and importances."""
@@ -144,7 +145,7 @@ class Tally:
         data |= {"activation": float(value / n), "n": n}
         if n > 1:
             data["std"] = float(np.sqrt(spread(square, value, n)))
-        if key.kind in ("component", "circuit"):
+        if key.kind in UNITS:
             rows = n if key.position is not None else self.rows[key.site, key.call]
             data |= {"importance": float(importance / rows), "frequency": float(opened / rows)}
         if number in self.top and n > 1:
@@ -161,6 +162,6 @@ def spread(square: Any, total: Any, n: int) -> Any:
 def add_accounts(graph: nx.DiGraph) -> None:
     """What the incoming edges of every target do not account for: constants that are no site's, and curvature."""
     for node, data in graph.nodes(data=True):
-        if data["kind"] in ("component", "circuit", "output"):
+        if data["kind"] in (*UNITS, "output"):
             explained = sum(edge["weight"] for _, _, edge in graph.in_edges(node, data=True))
             data["unaccounted"] = data["activation"] - explained

@@ -4,16 +4,19 @@ Every call of a site returns a leaf that holds what the site really wrote. The v
 own, and a gradient at an activation reaches only the leaves that lead to it through no other site.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from weightdecomp.engine import Batch, Operands, Pieces, Site, call, output_tensor, replaced, tensors
+from weightdecomp.engine import Batch, Operands, Site, call, output_tensor, replaced, tensors
+
+Reader = Callable[[Site, Operands], Tensor]
+"""From what a site was called with, the inner activations of its pieces."""
 
 _POKE = 0.5  # of a leaf's root mean square, to see whether anything changes
 
@@ -71,10 +74,16 @@ class Trace(NamedTuple):
         return [*feeds, *((i, event.rows) for i, event in enumerate(self.events[:before]))]
 
 
+def by_position(x: Tensor, n: int) -> Shaped[Tensor, "input position d"]:
+    """Rows with their positions flattened; rows that no single input owns belong to the only input there is."""
+    # Sites without units have rows of width 0, whose positions reshape cannot tell.
+    return x.reshape(n, x.shape[:-1].numel() // n, x.shape[-1])
+
+
 def traced(
     model: nn.Module,
     sites: Sequence[Site],
-    pieces: Mapping[str, Pieces],
+    readers: Mapping[str, Reader],
     batch: Batch,
     held: Sequence[Tensor] | None = None,
     scale: float = 1.0,
@@ -84,12 +93,12 @@ def traced(
     Args:
         model: The target.
         sites: Where it is cut.
-        pieces: What is read from each site's input.
+        readers: What is read from each site's input.
         batch: The inputs.
         held: What every call writes, in the order of the calls; None takes what it really writes.
         scale: Multiplies whatever enters and whatever a site writes, its bias included.
     """
-    cut = _Cut(pieces, held, scale)
+    cut = _Cut(readers, held, scale)
     with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), replaced(sites, cut):
         entering, feeds = _entering(batch, scale)
         with _lookups(model, sites, feeds, scale):
@@ -105,12 +114,12 @@ def traced(
 class _Cut:
     """Stands in for every site: notes the call and returns a leaf."""
 
-    def __init__(self, pieces: Mapping[str, Pieces], held: Sequence[Tensor] | None, scale: float) -> None:
-        self.pieces, self.held, self.scale = pieces, held, scale
+    def __init__(self, readers: Mapping[str, Reader], held: Sequence[Tensor] | None, scale: float) -> None:
+        self.readers, self.held, self.scale = readers, held, scale
         self.events: list[Event] = []
 
     def __call__(self, site: Site, index: int, operands: Operands) -> Any:
-        inner = site.read(operands, self.pieces[site.path].v)
+        inner = self.readers[site.path](site, operands)
         rows = self._rows(site, operands).detach().requires_grad_()
         self.events.append(Event(site, index, operands, rows, inner))
         # The product is no leaf, so that the model may change it in place.
@@ -184,13 +193,13 @@ def parents(trace: Trace) -> list[set[int]]:
     return found
 
 
-def check_order(model: nn.Module, sites: Sequence[Site], pieces: Mapping[str, Pieces], batch: Batch) -> None:
+def check_order(model: nn.Module, sites: Sequence[Site], readers: Mapping[str, Reader], batch: Batch) -> None:
     """Refuse a model in which a site has an influence that autograd does not see.
 
     Raises:
         ValueError: Naming the two places.
     """
-    trace = traced(model, sites, pieces, batch)
+    trace = traced(model, sites, readers, batch)
     used = set().union(*parents(trace))
     held = [event.rows.detach() for event in trace.events]
     for number, event in enumerate(trace.events):
@@ -199,7 +208,7 @@ def check_order(model: nn.Module, sites: Sequence[Site], pieces: Mapping[str, Pi
         poked = list(held)
         noise = torch.randn(event.rows.shape, generator=torch.Generator().manual_seed(number)).to(event.rows)
         poked[number] = held[number] + _POKE * held[number].square().mean().sqrt().clamp_min(1e-3) * noise
-        other = traced(model, sites, pieces, batch, poked)
+        other = traced(model, sites, readers, batch, poked)
         where = _changed(trace, other)
         if where is not None:
             raise ValueError(

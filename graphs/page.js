@@ -42,16 +42,25 @@ const place = {x: new Float64Array(n), y: new Float64Array(n)};
 
 // ------------------------------------------------------------------ heading, scores, key
 
+function verdict() {
+  const tried = D.scores.filter(one => one.figure === "damage");
+  if (!tried.length) return [];
+  const worst = tried.reduce((a, b) => a.damage > b.damage ? a : b), kinds = ["component", "circuit", "remainder"];
+  const kept = N.kind.filter(kind => kinds.includes(kind)).length;
+  return [el("b", {}, `The model on these ${count(kept)} parts alone does ${damage(worst.damage)} of the damage of ablating everything`),
+    `, in the worst of ${tried.length} ways to ablate the rest (${worst.regime}). `];
+}
+
 function heading() {
   $("heading").textContent = D.title;
   const signs = (up, down) => [el("b", {className: "up"}, "solid " + up), ", ", el("b", {className: "down"}, "dashed " + down)];
   if (D.about.schema === "weightdecomp.diff")
     $("lead").replaceChildren("Lines are changes of effects: ", ...signs("grew", "fell"), ". Nodes: green added, red removed, purple changed.");
   else if (state.view === "modules")
-    $("lead").replaceChildren("Every circle is a module: components that drive each other more than the rest, named by the most influential. " +
-      "Bundles sum what one module does to another: ", ...signs("raises it", "lowers it"), ". Click a module to see inside.");
+    $("lead").replaceChildren(...verdict(), "Every circle is a module: components that drive each other more than the rest, named by the most influential. " +
+      "Arrows sum what one module does to another: ", ...signs("raises it", "lowers it"), ". Click a module to see inside.");
   else
-    $("lead").replaceChildren("Every dot is a component, a part of one weight matrix. Read upwards, from the inputs to the outputs. " +
+    $("lead").replaceChildren(...verdict(), `Every dot is a ${N.kind.includes("unit") ? "unit" : "component, a part of one weight matrix"}. Read upwards, from the inputs to the outputs. ` +
       "A line says how much one drives the next: ", ...signs("raises it", "lowers it"), ", the wider the more. Click a dot for its numbers.");
 }
 
@@ -128,12 +137,14 @@ function drawGraph() {
     picture.append(sv("line", {x1: LEFT + inner * c / D.columns.length, x2: LEFT + inner * c / D.columns.length, y1: 0, y2: height, stroke: "#eef1f4"}));
   });
   const layer = sv("g", {});
-  const back = [], front = [];
+  const back = [], front = [], crowd = new Map();
+  for (const r of N.row) crowd.set(r, (crowd.get(r) || 0) + 1);
   for (let i = 0; i < n; i++) {
     if (members && !members.has(i) && !seen.has(i)) continue;
     const k = rank.has(N.row[i]) ? rank.get(N.row[i]) : 0;
     // Neighbours in a crowded row stand a little above and below each other.
-    const jitter = D.columns.length ? ((i * 7) % 3 - 1) * 5 : ((i * 7) % 5 - 2) * Math.min(5, step / 14);
+    const jitter = D.columns.length ? ((i * 7) % 3 - 1) * 5
+      : inner / crowd.get(N.row[i]) < 12 ? ((i * 7) % 5 - 2) * Math.min(5, step / 14) : 0;
     place.x[i] = LEFT + inner * N.x[i];
     place.y[i] = TOP + step * (rowsUsed.length - 1 - k) + step / 2 - 12 + jitter;
     const shape = node(i, seen.has(i) || i === state.picked);
@@ -172,7 +183,8 @@ function labels(seen, members) {
     if (!special && left <= 0) continue;
     const own = short(i), title = own.length > 22 ? own.slice(0, 21) + "…" : own;
     if (D.columns.length && N.kind && N.kind[i] === "input" && D.columns.includes(title)) continue;
-    const w = title.length * 7, x = place.x[i], y = place.y[i] - 11;
+    // Lines leave inputs upwards, so that there is room below.
+    const w = title.length * 7, x = place.x[i], y = place.y[i] + (N.kind && N.kind[i] === "input" ? 18 : -11);
     if (taken.some(t => Math.abs(t.y - y) < 13 && Math.abs(t.x - x) < (t.w + w) / 2 + 3)) continue;
     taken.push({x, y, w});
     if (!special) left--;
@@ -234,15 +246,27 @@ function drawModules() {
   picture.setAttribute("viewBox", `0 0 ${width} ${height}`);
   picture.setAttribute("height", height);
   picture.replaceChildren();
-  const top = D.rows.length - 1 || 1, at = new Map(), order = [];
+  const between = new Map(), joined = new Set();
+  for (let e = 0; e < m; e++) {
+    const a = get("module", E.s[e]), b = get("module", E.t[e]);
+    if (a === null || b === null || a === b) continue;
+    const id = a + "|" + b, size = E.share[e] * Math.abs(get("influence", E.t[e]) || 1);
+    const sum = between.get(id) || [a, b, 0, 0];
+    joined.add(a).add(b); sum[2] += size; sum[3] += size * Math.sign(E.w[e]);
+    between.set(id, sum);
+  }
+  const at = new Map(), order = [];
+  let alone = 0;
   const most = Math.max(...[...found.values()].map(one => one.length));
   for (const [g, members] of found) {
+    // A node that no edge joins to a module says nothing here.
+    if (members.length === 1 && !joined.has(g)) { alone++; continue; }
     const deep = members.reduce((sum, i) => sum + N.row[i], 0) / members.length;
     order.push({g, members, deep, wide: members.reduce((sum, i) => sum + N.x[i], 0) / members.length});
   }
   // Few lanes by depth, and in each modules from left to right.
   order.sort((a, b) => a.deep - b.deep);
-  const lanes = Math.max(1, Math.round(Math.sqrt(order.length / 2))), per = Math.ceil(order.length / lanes);
+  const lanes = Math.max(1, Math.ceil(Math.sqrt(order.length))), per = Math.ceil(order.length / lanes);
   for (let lane = 0; lane < lanes; lane++) {
     const own = order.slice(lane * per, (lane + 1) * per).sort((a, b) => a.wide - b.wide);
     own.forEach((one, k) => at.set(one.g, {
@@ -250,39 +274,33 @@ function drawModules() {
       y: height - 70 - (height - 150) * (lanes > 1 ? lane / (lanes - 1) : .5) + (k % 2 ? 16 : -16),
       r: 9 + 30 * Math.sqrt(one.members.length / most), members: one.members, deep: one.deep}));
   }
-  const between = new Map();
-  for (let e = 0; e < m; e++) {
-    const a = get("module", E.s[e]), b = get("module", E.t[e]);
-    if (a === null || b === null || a === b) continue;
-    const id = a + "|" + b, size = E.share[e] * Math.abs(get("influence", E.t[e]) || 1);
-    const sum = between.get(id) || [a, b, 0, 0];
-    sum[2] += size; sum[3] += size * Math.sign(E.w[e]);
-    between.set(id, sum);
-  }
   const all = [...between.values()].sort((a, b) => b[2] - a[2]), lines = all.slice(0, 60), strongest = lines.length ? lines[0][2] : 1;
   const layer = sv("g", {fill: "none"});
   for (const [a, b, size, signed] of lines.reverse()) {
-    const p = at.get(a), q = at.get(b), mid = (p.y + q.y) / 2;
-    const line = sv("path", {d: `M${p.x} ${p.y}C${p.x} ${mid} ${q.x} ${mid} ${q.x} ${q.y}`, stroke: signed < 0 ? DOWN : UP,
-      "stroke-width": .7 + 9 * Math.sqrt(size / strongest), "stroke-opacity": .35});
+    // Both directions bow to their own left, so that neither hides the other; the arrow stands in the middle.
+    const p = at.get(a), q = at.get(b), dx = q.x - p.x, dy = q.y - p.y, colour = signed < 0 ? DOWN : UP;
+    const wide = .7 + 9 * Math.sqrt(size / strongest), bow = Math.min(.16, 45 / Math.hypot(dx, dy)), x = (p.x + q.x) / 2 + bow * dy, y = (p.y + q.y) / 2 - bow * dx;
+    const line = sv("path", {d: `M${p.x} ${p.y}Q${x + bow * dy} ${y - bow * dx} ${q.x} ${q.y}`, stroke: colour, "stroke-width": wide, "stroke-opacity": .4});
     if (signed < 0) line.setAttribute("stroke-dasharray", "7 4");
-    layer.append(line);
+    const turn = Math.atan2(dy, dx) * 180 / Math.PI, tip = 5 + wide;
+    layer.append(line, sv("path", {d: `M${-tip / 2} ${-tip / 2}L${tip / 2} 0L${-tip / 2} ${tip / 2}Z`, fill: colour, transform: `translate(${x} ${y}) rotate(${turn})`}));
   }
   picture.append(layer);
   for (const [g, one] of at) {
     const circle = sv("circle", {class: "node", cx: one.x, cy: one.y, r: one.r, tabindex: 0, role: "button", "data-module": g,
       "aria-label": `module ${g}, ${one.members.length} nodes`});
     circle.append(sv("title", {}, one.members.slice(0, 8).map(i => N.title[i]).join("\n")));
-    const first = N.title[one.members[0]];
-    picture.append(circle, sv("text", {class: "halo", x: one.x, y: one.y + one.r + 14, "text-anchor": "middle"},
-      `${count(one.members.length)} nodes`),
-      sv("text", {class: "halo row", x: one.x, y: one.y + one.r + 28, "text-anchor": "middle"}, first.length > 20 ? first.slice(0, 19) + "…" : first));
+    const led = one.members.slice(0, 2).map(short).map(own => own.length > 16 ? own.slice(0, 15) + "…" : own).join(", ");
+    const more = one.members.length > 2 ? ` and ${count(one.members.length - 2)} more` : "";
+    picture.append(circle, sv("text", {class: "halo", x: one.x, y: one.y + one.r + 14, "text-anchor": "middle"}, led),
+      sv("text", {class: "halo row", x: one.x, y: one.y + one.r + 28, "text-anchor": "middle"}, more));
   }
   picture.append(sv("text", {class: "row", x: 12, y: 18}, "outputs above"), sv("text", {class: "row", x: 12, y: height - 8}, "inputs below"));
   const canvas = $("lines");
   canvas.width = canvas.height = 0;
-  $("counts").textContent = `${count(found.size)} modules of ${count(n)} nodes, ${count(lines.length)} of ${count(all.length)} bundles of ` +
-    `${count(m + D.unembedded + D.hidden)} edges`;
+  const left = alone ? `, ${count(alone)} single nodes without bundles left out` : "";
+  $("counts").textContent = `${count(at.size)} modules of ${count(n)} nodes, ${count(lines.length)} of ${count(all.length)} bundles of ` +
+    `${count(m + D.unembedded + D.hidden)} edges${left}`;
 }
 
 // ------------------------------------------------------------------ the table
@@ -325,19 +343,21 @@ function card() {
   for (const [k, v] of list) facts.append(el("dt", {}, k), el("dd", {}, v === null ? "" : String(v)));
   const what = [get("kind", i), get("site", i) ? "of " + get("site", i) : "", get("call", i) !== null ? "call " + get("call", i) : "",
     get("position", i) !== null ? "at position " + get("position", i) : "", N.id[i] === N.title[i] ? "" : "id " + N.id[i]];
-  box.replaceChildren(el("h2", {}, N.title[i]), el("p", {className: "note"}, what.filter(x => x).join(", ")), facts,
-    ...links("in", into[i], E.s), ...links("out", out[i], E.t), ...picture(i));
+  // Isolated, as an override of direction in one label would turn the next ones round.
+  const told = what.filter(x => x).flatMap((x, k) => [k ? ", " : "", el("bdi", {}, x)]);
+  box.replaceChildren(el("h2", {}, N.title[i]), el("p", {className: "note"}, ...told), facts, ...picture(i),
+    ...links("in", into[i], E.s), ...links("out", out[i], E.t));
 }
 
 function emptyCard() {
-  const top = byInfluence.filter(i => ["component", "circuit", "pair"].includes(get("kind", i))).slice(0, 10);
+  const top = byInfluence.filter(i => ["component", "circuit", "unit", "pair"].includes(get("kind", i))).slice(0, 10);
   const list = el("ol", {});
   for (const i of top) list.append(entry(i, get("influence", i)));
   return [el("h2", {}, "Most influential"), el("p", {className: "note"}, "Share of the outputs that flows through a component."), list];
 }
 
 function entry(i, number, sign) {
-  const button = el("button", {type: "button"}, N.title[i]), value = el("span", {className: sign || ""}, number === null ? "" : print(number));
+  const button = el("button", {type: "button", title: N.title[i]}, N.title[i]), value = el("span", {className: sign || ""}, number === null ? "" : print(number));
   button.dataset.pick = i;
   return el("li", {}, button, value);
 }

@@ -6,9 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks import graph_methods, recall, recovery, report, speed
 from benchmarks import graphs as graph_benchmark
-from benchmarks import recovery, report, speed
 from benchmarks.recovery import SMOKE, Job, judged, run, rungs
+from weightdecomp import baselines
 
 
 @pytest.fixture(scope="module")
@@ -139,13 +140,45 @@ def test_a_table_pads_its_columns():
     assert found.splitlines()[2:] == ["| a         | 1.5 |", "| long name |   2 |"]
 
 
-def test_graphs_measures_sizes_agreement_and_simplicity():
-    found = graph_benchmark.measured(smoke=True)
+@pytest.mark.parametrize("part", ["sizes", "agreement", "digits"])
+def test_graphs_measures_every_part(part: str):
+    found = graph_benchmark.measured(part, smoke=True)
 
-    (size,) = found["sizes"].values()
-    assert size["nodes"]["median"] > 0
-    assert {f"write {suffix} s" for suffix in graph_benchmark.SUFFIXES} <= size.keys()
-    # The two-layer toy is linear between its sites on any one input.
-    assert found["agreement"]["tms_5_2"]["gradient correlation"]["median"] > 0.99
-    assert found["simplicity"]["tms_5_2"].keys() > {"weight decomposition", "PCA of activations"}
-    assert "Q - null" in graph_benchmark.markdown(found)
+    figures = found["figures"]
+    if part == "sizes":
+        (size,) = figures.values()
+        assert size["nodes"]["median"] > 0
+        assert {f"write {suffix} s" for suffix in graph_benchmark.SUFFIXES} <= size.keys()
+    elif part == "agreement":
+        # The two-layer toy is linear between its sites on any one input.
+        assert figures["tms_5_2"]["gradient correlation"]["median"] > 0.99
+    else:
+        assert figures.keys() == {"weight decomposition", "random directions", *baselines.NAMES}
+        assert "no gradient passes" in figures["k-means"]
+        assert (
+            figures["pca"]["edges_90"]["median"]
+            < figures["pca"]["edges_99"]["median"]
+            <= figures["pca"]["edges"]["high"]
+        )
+    assert f"Seed {found['seeds'][0]} alone" in graph_benchmark.markdown({part: found})
+
+
+def test_a_table_of_methods_has_medians_with_ranges_and_reasons_below():
+    names = ["edges_90", "edges_99", "edges", "q", "q_null", "q_excess", "through remainders", "damage", "active"]
+    runs = {"many": [dict.fromkeys(names, 9.0)], "few": [dict.fromkeys(names, x) for x in (1.0, 2.0, 4.0)]}
+
+    found = graph_methods.methods_table({**{m: graph_methods.spreads(r) for m, r in runs.items()}, "none": "no rows"})
+
+    lines = found.splitlines()
+    assert [line.split("|")[1].strip() for line in lines[2:4]] == ["few", "many"]
+    assert "2 (1 to 4)" in lines[2]
+    assert lines[-1] == "- none: no rows"
+
+
+def test_the_recall_model_is_the_same_for_the_same_seed_and_learns():
+    one, accuracy = recall.trained(0, steps=100)
+    other, _ = recall.trained(0, steps=100)
+
+    assert all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True))
+    # Guessing among the five tokens before it would be .2.
+    assert accuracy > 0.3

@@ -152,6 +152,53 @@ def test_the_page_opens_with_the_right_counts_and_without_errors(circuit: nx.DiG
 
 
 @needs_browser
+def test_lines_end_at_their_nodes(circuit: nx.DiGraph, window: Browser, tmp_path: Path):
+    """Lines are drawn on a canvas, nodes in a picture of its own scale; both must cover the same place."""
+    graphs.write(circuit, tmp_path / "circuit.html")
+
+    window.open(tmp_path / "circuit.html")
+
+    canvas, picture, box = (
+        window.run(f"(() => {{ const r = document.getElementById('{name}').{what}; return [r.width, r.height] }})()")
+        for name, what in [
+            ("lines", "getBoundingClientRect()"),
+            ("picture", "getBoundingClientRect()"),
+            ("picture", "viewBox.baseVal"),
+        ]
+    )
+    assert canvas == pytest.approx(picture, abs=0.6)
+    assert box == pytest.approx(picture, abs=0.6)
+
+
+@needs_browser
+def test_a_label_that_turns_direction_leaves_what_follows_as_it_is(window: Browser, tmp_path: Path):
+    graph = nx.DiGraph()
+    graph.add_node("after", kind="component", site="\u202eturned", title="name")
+    graphs.write(graph, tmp_path / "turned.html")
+
+    window.open(tmp_path / "turned.html")
+    window.click("[data-node]")
+
+    pieces = window.run("[...document.querySelectorAll('#card .note bdi')].map(one => one.textContent)")
+    assert pieces == ["component", "of \u202eturned", "id after"]
+
+
+@needs_browser
+def test_every_row_has_lines_whatever_flows_through_it(window: Browser, tmp_path: Path):
+    """The edges that carry most all lie near the outputs; the shown ones are spread over the rows."""
+    graphs.write(layered(300, 2_000), tmp_path / "deep.html")
+
+    window.open(tmp_path / "deep.html")
+
+    lit = window.run(
+        "(() => { const N = JSON.parse(document.getElementById('data').textContent).nodes; const rows = new Set(); "
+        "for (const e of document.querySelectorAll('.node:not(.faint)')) rows.add(N.row[+e.dataset.node]); "
+        "return [rows.size, new Set(N.row).size] })()"
+    )
+    assert lit[0] == lit[1] >= 4
+
+
+@needs_browser
 def test_no_request_leaves_the_page(circuit: nx.DiGraph, window: Browser, tmp_path: Path):
     graphs.write(circuit, tmp_path / "circuit.html")
 
