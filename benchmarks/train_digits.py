@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from weightdecomp._storage import read_weights
+from weightdecomp._weights import read_weights
 from weightdecomp.digits import WEIGHTS, DigitClassifier, batches, labels
 
 SEED = 0

@@ -71,7 +71,7 @@ def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
     weights["4.bias"], weights["0.bias"] = torch.zeros(2), torch.zeros(7)
     safetensors.torch.save_file(weights, folder / "other.safetensors")
     safetensors.torch.save_file({"0.weight": torch.zeros(4, 4)}, folder / "tied.safetensors")
-    torch.save(weights, folder / "toy.pt")
+    torch.save(torch.nn.Linear(2, 2), folder / "toy.pt")
     return folder
 
 
@@ -181,7 +181,7 @@ MISTAKES = {
     "factory that fails": (["--model", "toy:broken"], "RuntimeError: no such checkpoint"),
     "factory without a model": (["--model", "toy:nothing"], "returned None, expected a torch.nn.Module"),
     "data that is none": (["--data", "toy:nothing"], "returned None, expected an iterable of batches"),
-    "pickle as weights": (["--weights", "toy.pt"], "nothing is ever unpickled"),
+    "pickle as weights": (["--weights", "toy.pt"], "is a pickle that holds more than tensors"),
     "no weights there": (
         ["--weights", "tow.safetensors"],
         "there is no file 'tow.safetensors'; did you mean",

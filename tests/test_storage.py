@@ -10,7 +10,6 @@ import time
 from pathlib import Path
 
 import pytest
-import safetensors.torch
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -459,73 +458,6 @@ def test_a_process_killed_while_it_writes_leaves_a_whole_artefact(tmp_path: Path
         assert_close(tensors["n"], torch.full((50_000,), float(document["n"])), rtol=0, atol=0)
         _storage.write(directory, "toy", TENSORS, DOCUMENT)
         assert_holds(directory, TENSORS, DOCUMENT)
-
-
-# ------------------------------------------------------------------------------------------ users' weights
-
-
-def test_weights_read_back(tmp_path: Path):
-    safetensors.torch.save_file(TENSORS, tmp_path / "model.safetensors")
-
-    weights = _storage.read_weights(tmp_path / "model.safetensors")
-
-    assert_close(weights, TENSORS, rtol=0, atol=0)
-
-
-@pytest.mark.parametrize("zipped", [True, False])
-def test_pickled_weights_are_never_loaded(tmp_path: Path, zipped: bool):
-    path = tmp_path / "model.pt"
-    torch.save(Bomb(tmp_path / "exploded"), path, _use_new_zipfile_serialization=zipped)
-
-    with pytest.raises(ValueError, match="nothing is ever unpickled here.*convert it once: python -c"):
-        _storage.read_weights(path)
-    assert not (tmp_path / "exploded").exists()
-
-
-def test_the_conversion_that_the_error_gives_works(tmp_path: Path):
-    path = tmp_path / "model.pt"
-    torch.save(TENSORS, path)
-    with pytest.raises(ValueError) as caught:
-        _storage.read_weights(path)
-    _, code, _ = str(caught.value).split('"')
-
-    subprocess.run([sys.executable, "-c", code], check=True)
-
-    assert_close(_storage.read_weights(path.with_suffix(".safetensors")), TENSORS, rtol=0, atol=0)
-
-
-def test_missing_weights_are_named_with_the_nearest(tmp_path: Path):
-    safetensors.torch.save_file(TENSORS, tmp_path / "model.safetensors")
-
-    with pytest.raises(ValueError, match=r"no file '.*modle.safetensors'; did you mean one of .*model.safetensors"):
-        _storage.read_weights(tmp_path / "modle.safetensors")
-
-
-def test_a_directory_of_weights_is_named_with_what_it_holds(tmp_path: Path):
-    safetensors.torch.save_file(TENSORS, tmp_path / "model.safetensors")
-
-    with pytest.raises(ValueError, match=r"is a directory, .* it holds \['model.safetensors'\]"):
-        _storage.read_weights(tmp_path)
-
-
-@given(seed=st.integers(0, 2**32 - 1))
-@settings(max_examples=300)
-def test_weights_cut_or_with_a_damaged_header_raise_nothing_but_a_value_error(
-    tmp_path_factory: pytest.TempPathFactory, seed: int
-):
-    draw = random.Random(seed)
-    whole = safetensors.torch.save(TENSORS)
-    damaged = bytearray(whole[: draw.randrange(len(whole))] if draw.random() < 0.5 else whole)
-    for position in (draw.randrange(len(whole)) for _ in range(draw.randrange(1, 4))):
-        if position < len(damaged):
-            damaged[position] ^= 1 << draw.randrange(8)
-    path = tmp_path_factory.mktemp("weights") / "model.safetensors"
-    path.write_bytes(damaged)
-
-    try:
-        _storage.read_weights(path)
-    except ValueError as error:
-        assert str(path) in str(error)
 
 
 # ------------------------------------------------------------------------------------------ digests

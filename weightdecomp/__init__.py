@@ -9,7 +9,9 @@ from weightdecomp._config import Config
 from weightdecomp._decompose import NumericalWarning, decompose
 from weightdecomp._decomposition import Component, Decomposition
 from weightdecomp._ledger import Ledger
+from weightdecomp._pretrained import Pretrained, load_hf
 from weightdecomp._save import load
+from weightdecomp._tokens import sampled_batches, text_batches, token_batches
 from weightdecomp._verification import Verification
 
 __all__ = [
@@ -20,10 +22,15 @@ __all__ = [
     "Decomposition",
     "Ledger",
     "NumericalWarning",
+    "Pretrained",
     "Verification",
     "assemble",
     "baselines",
     "compare",
     "decompose",
     "load",
+    "load_hf",
+    "sampled_batches",
+    "text_batches",
+    "token_batches",
 ]

@@ -20,7 +20,8 @@ from tqdm import tqdm
 
 from weightdecomp import Config, Decomposition, NumericalWarning, decompose, load
 from weightdecomp._batches import select, size
-from weightdecomp._loading import loaded_batches, loaded_divergence, loaded_model
+from weightdecomp._given import add_model, model_and_batches
+from weightdecomp._loading import loaded_divergence
 from weightdecomp._storage import check_vacant
 from weightdecomp._verification import Verification
 
@@ -58,14 +59,14 @@ def _parser() -> argparse.ArgumentParser:
     _add_run(demo)
     run = _verb(verbs, "decompose", _decompose, "decompose a model of yours, and save the result")
     run.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to save to, new or empty")
-    _add_model(run)
+    add_model(run)
     _add_run(run)
     run.add_argument("--sites", action="append", metavar="PATTERN", help="module paths, as in layers.*; repeatable")
     run.add_argument("--divergence", default="auto", metavar="NAME", help=_DIVERGENCE)
     run.add_argument("--checkpoint", type=Path, metavar="DIR", help="keep progress there; repeat to resume")
     check = _verb(verbs, "verify", _verify, "attack a saved decomposition on inputs it has not seen")
     check.add_argument("directory", type=Path, metavar="DIR", help="what `decompose --out` wrote")
-    _add_model(check)
+    add_model(check)
     check.add_argument("--steps", type=int, default=_ATTACK, metavar="N", help="longest attack (%(default)s)")
     _add_seed(check)
     check.add_argument("--divergence", metavar="NAME", help="the function, if the run was given one of yours")
@@ -79,12 +80,6 @@ def _verb(verbs: Any, name: str, function: Any, about: str) -> argparse.Argument
     parser.add_argument("--json", action="store_true", help="print one JSON document instead of text")
     parser.add_argument("--no-progress", action="store_true", help="no progress bar on stderr")
     return parser
-
-
-def _add_model(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", required=True, metavar="MODULE:FACTORY", help=_MODEL)
-    parser.add_argument("--weights", type=Path, metavar="FILE", help="safetensors; default: the factory's own")
-    parser.add_argument("--data", required=True, metavar="MODULE:FUNCTION", help=_DATA)
 
 
 def _add_run(parser: argparse.ArgumentParser) -> None:
@@ -107,7 +102,7 @@ def _seed(word: str) -> int:
 
 def _add_graph(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("directory", type=Path, metavar="DIR", help="what `decompose --out` wrote")
-    _add_model(parser)
+    add_model(parser)
     parser.add_argument("--out", type=Path, action="append", required=True, metavar="FILE", help=_FILES)
     parser.add_argument("--input", type=int, metavar="N", help="only this input of the data, positions kept")
     parser.add_argument("--outputs", type=int, nargs="+", metavar="N", help="output indices to show")
@@ -121,7 +116,7 @@ def _add_graph(parser: argparse.ArgumentParser) -> None:
 
 def _decompose(given: argparse.Namespace) -> int:
     check_vacant(given.out, "decomposition")
-    model, batches = loaded_model(given.model, given.weights), loaded_batches(given.data)
+    model, batches = model_and_batches(given)
     decomposition = decompose(
         model,
         batches,
@@ -140,7 +135,7 @@ def _decompose(given: argparse.Namespace) -> int:
 
 
 def _verify(given: argparse.Namespace) -> int:
-    model, batches = loaded_model(given.model, given.weights), loaded_batches(given.data)
+    model, batches = model_and_batches(given)
     function = loaded_divergence(given.divergence) if given.divergence else None
     if isinstance(function, str):
         raise ValueError(
@@ -156,7 +151,8 @@ def _graph(given: argparse.Namespace) -> int:
 
     for path in given.out:
         graphs.check_path(path)
-    model, batches = loaded_model(given.model, given.weights), list(loaded_batches(given.data))
+    model, inputs = model_and_batches(given)
+    batches = list(inputs)
     function = loaded_divergence(given.divergence) if given.divergence else None
     decomposition = load(given.directory, model, function if callable(function) else None)
     chosen = batches if given.input is None else [_one_input(batches, given.input)]
@@ -319,8 +315,6 @@ def _plain(value: Any) -> Any:
 
 
 _ABOUT = "Decompose a trained PyTorch checkpoint's weights into circuits, and attack the result."
-_MODEL = "function or class that makes the model, called without arguments, as in package.module:factory"
-_DATA = "function that returns batches of sample inputs, called without arguments"
 _DIVERGENCE = "auto, mse, kl, or a function of yours as package.module:name (auto)"
 _FILES = "file to write, repeatable; its suffix says how: html json graphml gexf cyjs dot ct.json"
 _LARGEST = "largest damage under attack, as a share of ablating everything (%(default)s)"

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from weightdecomp._batches import Batch
-from weightdecomp._storage import read_weights
+from weightdecomp._weights import read_weights
 
 _LISTED = 5  # names in one message
 

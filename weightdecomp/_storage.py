@@ -1,4 +1,4 @@
-"""Artefacts: directories of tensors and a document, written whole or not at all, and the user's weight files.
+"""Artefacts: directories of tensors and a document, written whole or not at all.
 
 An artefact of kind `k` is `k.json` and one `k.<start of its sha256>.safetensors`. The JSON names the tensors
 by their sha256 and its own content by another, and moving it into place is the single commit: whatever moment
@@ -85,7 +85,7 @@ def read(directory: Path, kind: str) -> Artefact:
     if not file.exists():
         raise ValueError(f"'{file}' is missing: the {kind} in '{directory}' is incomplete; restore it or start anew")
     data = file.read_bytes()
-    if _looks_pickled(data):
+    if looks_pickled(data):
         raise ValueError(f"'{file}' is a pickle, expected safetensors; nothing is ever unpickled")
     if len(data) != content["tensors"]["bytes"]:
         raise ValueError(f"'{file}' has {len(data)} bytes, expected {content['tensors']['bytes']}: {_DAMAGED}")
@@ -119,36 +119,12 @@ def check_vacant(directory: Path, kind: str) -> None:
             _content(directory, kind)
         except ValueError as error:
             raise ValueError(f"will not replace what is in '{directory}': {error}; move it away first") from error
-    elif others := sorted(set(_names(directory)) - {path.name for path in _leftovers(directory, kind)}):
+    elif others := sorted(set(names(directory)) - {path.name for path in _leftovers(directory, kind)}):
         more = f" and {len(others) - 1} more" if len(others) > 1 else ""
         raise ValueError(
             f"'{directory}' is not empty and holds no {kind}, but {others[0]!r}{more}; "
             "choose a new or an empty directory"
         )
-
-
-def read_weights(path: Path) -> dict[str, Tensor]:
-    """Read a user's weights from a safetensors file, on the CPU.
-
-    Raises:
-        ValueError: If the file is missing, is no safetensors file, or is a pickle, which is never loaded.
-    """
-    if path.is_dir():
-        found = sorted(name for name in _names(path) if name.endswith(".safetensors"))
-        raise ValueError(f"'{path}' is a directory, expected a safetensors file; it holds {found or 'none'}")
-    if not path.exists():
-        raise ValueError(f"there is no file '{path}'{_nearest(path)}")
-    with path.open("rb") as stream:
-        start = stream.read(9)
-    if _looks_pickled(start):
-        raise ValueError(_is_pickle(path))
-    try:
-        return safetensors.torch.load_file(path)
-    except (SafetensorError, KeyError) as error:
-        raise ValueError(
-            f"'{path}' is not a whole safetensors file ({error}); copy it again, or write it with "
-            "safetensors.torch.save_file"
-        ) from error
 
 
 def digest(tensors: Mapping[str, Tensor]) -> str:
@@ -230,7 +206,7 @@ def _content(directory: Path, kind: str) -> dict[str, Any]:
     """The checked content of an artefact's JSON."""
     path = _manifest(directory, kind)
     if not path.exists():
-        others = sorted(name.removesuffix(".json") for name in _names(directory) if name.endswith(".json"))
+        others = sorted(name.removesuffix(".json") for name in names(directory) if name.endswith(".json"))
         raise ValueError(f"'{directory}' holds no {kind}: there is no '{path.name}'; it holds {others or 'none'}")
     data = path.read_bytes()
     if data.startswith(_PICKLES):
@@ -265,39 +241,29 @@ def _check_content(content: Any, path: Path, kind: str) -> None:
     raise ValueError(f"'{path}' does not say which tensors belong to it: {_DAMAGED}")
 
 
-def _names(directory: Path) -> list[str]:
+def names(directory: Path) -> list[str]:
     return [path.name for path in directory.iterdir()] if directory.is_dir() else []
 
 
-def _nearest(path: Path) -> str:
+def nearest(path: Path) -> str:
     """A hint at what exists under a similar name."""
     full = path.absolute()
     parent = next(parent for parent in full.parents if parent.is_dir())
     missing = full.relative_to(parent).parts[0]
-    close = get_close_matches(missing, _names(parent), n=3, cutoff=0.5)
+    close = get_close_matches(missing, names(parent), n=3, cutoff=0.5)
     return f"; did you mean one of {[str(parent / name) for name in close]}?" if close else f" ('{parent}' has none)"
 
 
 def _not_a_directory(path: Path, kind: str) -> str:
     """Why a path is not the directory of an artefact."""
     if not path.exists():
-        return f"there is no directory '{path}'{_nearest(path)}"
+        return f"there is no directory '{path}'{nearest(path)}"
     with path.open("rb") as stream:
         pickled = stream.read(2).startswith(_PICKLES)
     never = "; it is a pickle, and nothing is ever unpickled" if pickled else ""
     return f"'{path}' is a file, expected the directory that a {kind} was saved to{never}"
 
 
-def _looks_pickled(start: bytes) -> bool:
+def looks_pickled(start: bytes) -> bool:
     """Whether a file's first bytes are a pickle's; a safetensors header may begin with any, and has its brace ninth."""
     return start.startswith(_PICKLES) and start[8:9] != b"{"
-
-
-def _is_pickle(path: Path) -> str:
-    """How to convert a pickled file of weights."""
-    return (
-        f"'{path}' is a pickle or a zip archive, expected safetensors; nothing is ever unpickled here. If "
-        f'you trust the file, convert it once: python -c "import torch, safetensors.torch; '
-        f"safetensors.torch.save_file("
-        f"torch.load('{path}', weights_only=True), '{path.with_suffix('.safetensors')}')\""
-    )

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from weightdecomp._storage import read_weights
+from weightdecomp._weights import read_weights
 
 WEIGHTS = Path(__file__).with_name("digits.safetensors")
 Split = Literal["train", "test"]

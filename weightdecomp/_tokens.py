@@ -1,0 +1,221 @@
+"""Batches of token ids for language models and text encoders: from text, from a file of ids, from the model itself.
+
+Ids are made once; nothing later turns text back into tokens.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor, nn
+
+from weightdecomp._pretrained import Pretrained
+
+_TOKENIZERS = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "spiece.model",
+    "vocab.json",
+    "vocab.txt",
+    "sentencepiece.bpe.model",
+)
+_INPUTS = 64  # inputs in a batch
+_LISTED = 5
+
+
+def tokenizer(directory: str | Path) -> Any:
+    """The tokenizer of a Hugging Face directory, from its files alone.
+
+    Raises:
+        ValueError: If the directory has none.
+        ImportError: If `transformers` is not installed.
+    """
+    folder = Path(directory)
+    if not folder.is_dir():
+        raise ValueError(f"there is no directory '{folder}'; give a local one, as nothing is downloaded")
+    if not any((folder / name).exists() for name in _TOKENIZERS):
+        raise ValueError(
+            f"'{folder}' has no tokenizer, which is one of {', '.join(_TOKENIZERS)}; give the directory of one as "
+            "--tokenizer (tokenizer_from=), or token ids"
+        )
+    try:
+        from transformers import AutoTokenizer
+    except ImportError as error:
+        raise ImportError("tokenizers need transformers: pip install 'weightdecomp[hf]'") from error
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"the tokenizer in '{folder}' cannot be read: {error}") from error
+
+
+def text_batches(
+    model: nn.Module, path: str | Path, *, length: int = 128, tokenizer_from: str | Path | None = None
+) -> list[Any]:
+    """Token ids of a text file, in batches.
+
+    For a `Pretrained` model that is no causal language model every line with text is one input, padded to the longest
+    and passed by name with its attention mask. For all others the whole text is one run of tokens, cut into inputs of
+    `length` tokens, each led by what the tokenizer puts in front of a text; the rest of the last cut is left out.
+
+    Args:
+        model: Takes token ids (batch, position).
+        path: A file in UTF-8.
+        length: Tokens an input; at most the model's context.
+        tokenizer_from: The directory of the tokenizer; None takes that of a `Pretrained` model.
+
+    Returns:
+        Tensors (batch, position) of ids, or dicts of them.
+
+    Raises:
+        ValueError: If the file is missing, empty, not UTF-8 or too short, or the tokenizer does not suit the model.
+    """
+    directory = _tokenizer_directory(model, tokenizer_from)
+    made = tokenizer(directory)
+    text = _text(Path(path))
+    if isinstance(model, Pretrained) and not model.causal:
+        return _lines(model, made, text, path)
+    check_length(model, length)
+    lead = made("", verbose=False)["input_ids"]
+    found = made(text, add_special_tokens=False, verbose=False)["input_ids"]
+    if len(found) < (own := length - len(lead)) or own < 1:
+        raise ValueError(f"'{path}' has {len(found)} tokens, fewer than one input of {length}; give more text")
+    rows = torch.tensor(found[: len(found) // own * own]).reshape(-1, own)
+    rows = torch.cat([torch.tensor(lead, dtype=torch.long).expand(len(rows), -1), rows], 1)
+    check_ids(model, rows, f"'{path}' with the tokenizer in '{directory}'")
+    return list(rows.split(_INPUTS))
+
+
+def _tokenizer_directory(model: nn.Module, given: str | Path | None) -> str | Path:
+    if given is not None:
+        return given
+    if isinstance(model, Pretrained):
+        return model.directory
+    raise ValueError(
+        f"a {type(model).__name__} has no tokenizer; give the directory of one as --tokenizer (tokenizer_from=)"
+    )
+
+
+def _text(path: Path) -> str:
+    if not path.is_file():
+        raise ValueError(f"there is no file '{path}'")
+    try:
+        text = path.read_bytes().decode()
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"'{path}' is not UTF-8 (byte {error.start} is {error.object[error.start]:#04x}); "
+            "convert it, as by iconv -f LATIN1 -t UTF-8"
+        ) from error
+    if not text.strip():
+        raise ValueError(f"'{path}' holds no text")
+    return text
+
+
+def _lines(model: Pretrained, made: Any, text: str, path: str | Path) -> list[dict[str, Tensor]]:
+    """One input a line, padded at its end."""
+    lines = [(number, line) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
+    found = made([line for _, line in lines], verbose=False)["input_ids"]
+    context = _context(model)
+    for (number, _), ids in zip(lines, found, strict=True):
+        if context is not None and len(ids) > context:
+            raise ValueError(
+                f"line {number} of '{path}' has {len(ids)} tokens, but the model reads at most {context}; "
+                "every line is one input, so break it"
+            )
+    longest = max(map(len, found))
+    rows = torch.tensor([ids + [made.pad_token_id or 0] * (longest - len(ids)) for ids in found])
+    mask = torch.tensor([[1] * len(ids) + [0] * (longest - len(ids)) for ids in found])
+    check_ids(model, rows, f"'{path}'")
+    pairs = zip(rows.split(_INPUTS), mask.split(_INPUTS), strict=True)
+    return [{"input_ids": ids, "attention_mask": ones} for ids, ones in pairs]
+
+
+def token_batches(model: nn.Module, path: str | Path) -> list[Int64[Tensor, "batch position"]]:
+    """Token ids of a `.npy` file, one row an input, in batches.
+
+    Raises:
+        ValueError: If the file is no array of integers (input, position), or the model cannot take its ids.
+    """
+    file = Path(path)
+    if not file.is_file():
+        raise ValueError(f"there is no file '{file}'")
+    try:
+        array = np.load(file, allow_pickle=False)
+    except (ValueError, EOFError, OSError) as error:
+        raise ValueError(f"'{file}' is no whole .npy file of numbers ({error}); use numpy.save") from error
+    if not isinstance(array, np.ndarray) or array.ndim != 2 or not array.size or array.dtype.kind not in "iu":
+        came = f"{array.dtype} {array.shape}" if isinstance(array, np.ndarray) else type(array).__name__
+        raise ValueError(f"'{file}' holds {came}, expected integers (input, position)")
+    rows = torch.from_numpy(array.astype(np.int64))
+    check_length(model, rows.shape[1], f"the rows of '{file}' have")
+    check_ids(model, rows, f"'{file}'")
+    return list(rows.split(_INPUTS))
+
+
+def sampled_batches(
+    model: nn.Module, n: int, *, length: int = 128, start: int | None = None, seed: int = 0
+) -> list[Int64[Tensor, "batch position"]]:
+    """Sequences that a language model writes itself, at temperature 1, in batches.
+
+    Every token costs a forward pass over what is there already, so any module that maps ids to logits will do.
+
+    Args:
+        model: Maps token ids (batch, position) to logits (batch, position, token).
+        n: How many sequences.
+        length: Tokens in each, the first one included; at most the model's context.
+        start: The first token; None takes the beginning of a text in a `Pretrained` model's configuration.
+        seed: Of the draws.
+
+    Raises:
+        ValueError: If there is no first token, or numbers are out of range.
+    """
+    check_length(model, length)
+    if n < 1:
+        raise ValueError(f"the number of sequences must be at least 1, got {n}")
+    if start is None:
+        start = model.config.bos_token_id if isinstance(model, Pretrained) else None
+    if start is None:
+        raise ValueError("the configuration names no token that begins a text (bos_token_id); give one (start)")
+    if isinstance(model, Pretrained) and not model.causal:
+        raise ValueError(f"a {type(model.inner).__name__} is no causal language model; give it text or tokens")
+    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    rng = torch.Generator(device=device).manual_seed(seed)
+    first = torch.full((n, 1), start, device=device)
+    check_ids(model, first, "start")
+    return [_continued(model, rows, length, rng) for rows in first.split(_INPUTS)]
+
+
+def _continued(model: nn.Module, rows: Tensor, length: int, rng: torch.Generator) -> Tensor:
+    with torch.no_grad():
+        while rows.shape[1] < length:
+            probabilities: Float[Tensor, "batch token"] = model(rows)[:, -1].float().softmax(-1)
+            rows = torch.cat([rows, torch.multinomial(probabilities, 1, generator=rng)], 1)
+    return rows
+
+
+def check_length(model: nn.Module, length: int, what: str = "inputs would have") -> None:
+    """Refuse inputs that are longer than the model's context, where its configuration has one."""
+    context = _context(model)
+    if length < 1:
+        raise ValueError(f"length must be at least 1, got {length}")
+    if context is not None and length > context:
+        raise ValueError(f"{what} {length} tokens, but the model reads at most {context}; give fewer")
+
+
+def check_ids(model: nn.Module, rows: Tensor, what: str) -> None:
+    """Refuse token ids that a `Pretrained` model has no embedding for."""
+    if not isinstance(model, Pretrained):
+        return
+    size = model.inner.get_input_embeddings().weight.shape[0]
+    wrong = rows[(rows < 0) | (rows >= size)].unique()
+    if len(wrong):
+        raise ValueError(
+            f"{what} gives token ids outside the model's vocabulary of {size} (such as {wrong[:_LISTED].tolist()}); "
+            "the tokenizer and the model must belong together"
+        )
+
+
+def _context(model: nn.Module) -> int | None:
+    """The number of positions that a model's configuration allows."""
+    return getattr(model.config, "max_position_embeddings", None) if isinstance(model, Pretrained) else None
