@@ -8,8 +8,12 @@ from weightdecomp._comparison import Comparison
 from weightdecomp._config import Config
 from weightdecomp._decompose import NumericalWarning, decompose
 from weightdecomp._decomposition import Component, Decomposition
+from weightdecomp._edit_report import EditReport, edit_report
 from weightdecomp._ledger import Ledger
+from weightdecomp._monitor import Monitor, monitor
+from weightdecomp._responsible import Responsible, responsible
 from weightdecomp._save import load
+from weightdecomp._save_hf import save_hf
 from weightdecomp._verification import Verification
 
 __all__ = [
@@ -18,12 +22,19 @@ __all__ = [
     "Component",
     "Config",
     "Decomposition",
+    "EditReport",
     "Ledger",
+    "Monitor",
     "NumericalWarning",
+    "Responsible",
     "Verification",
     "assemble",
     "baselines",
     "compare",
     "decompose",
+    "edit_report",
     "load",
+    "monitor",
+    "responsible",
+    "save_hf",
 ]
