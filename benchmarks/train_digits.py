@@ -30,7 +30,7 @@ def trained(seed: int = SEED) -> DigitClassifier:
     """
     rng = torch.Generator().manual_seed(seed)
     pixels, digits = torch.cat(batches("train")).double(), labels("train")
-    classifier = _initialised(rng)
+    classifier = initialised(rng)
     optimiser = torch.optim.AdamW(classifier.parameters(), lr=_LEARNING_RATE, weight_decay=_WEIGHT_DECAY)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, _EPOCHS * len(pixels) // _BATCH)
     for _ in range(_EPOCHS):
@@ -51,7 +51,7 @@ def accuracy(classifier: nn.Module, inputs: list[Float[Tensor, "_ 64"]], digits:
     return (answers == digits).double().mean().item()
 
 
-def _initialised(rng: torch.Generator) -> DigitClassifier:
+def initialised(rng: torch.Generator) -> DigitClassifier:
     """A float64 classifier with He-uniform weights and zero biases, all from one generator."""
     with torch.device("meta"):
         classifier = DigitClassifier(dtype=torch.float64)

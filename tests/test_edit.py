@@ -1,3 +1,6 @@
+import copy
+import dataclasses
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -16,6 +19,17 @@ def weights(model: nn.Module) -> dict[str, Tensor]:
 def decomposed_case(name: str, dtype: torch.dtype = torch.float32) -> wd.Decomposition:
     target = case(name, dtype)
     return wd.decompose(target.model, [target.batch], config=QUICK, progress=False)
+
+
+def joined(decomposition: wd.Decomposition, path: str) -> wd.Decomposition:
+    """A copy whose first two components of a site are one."""
+    twin, parts = copy.copy(decomposition), decomposition.parts[path]
+    pieces = parts.pieces._replace(owner=(parts.pieces.owner - 1).clamp_min(0))
+    own = dataclasses.replace(
+        parts, pieces=pieces, thresholds=parts.thresholds[:, 1:], frequencies=parts.frequencies[1:]
+    )
+    twin.parts = decomposition.parts | {path: own}
+    return twin
 
 
 def test_removing_takes_the_component_out_of_the_weight(decomposed: wd.Decomposition):
@@ -52,6 +66,17 @@ def test_writing_changes_what_a_component_writes_and_not_what_it_reads(decompose
 
     one = decomposed.component("0", 1)
     expected = decomposed.target[0].weight.detach() - one.weight + torch.outer(vector, one.right[0])
+    assert_close(edited[0].weight.detach(), expected)
+
+
+def test_a_component_of_higher_rank_is_rewritten_piece_by_piece(decomposed: wd.Decomposition):
+    merged = joined(decomposed, "0")
+    vectors = drawn(2, 8).float()
+
+    edited = merged.edit(write={("0", 0): vectors})
+
+    one = merged.component("0", 0)
+    expected = merged.target[0].weight.detach() - one.weight + vectors.T @ one.right
     assert_close(edited[0].weight.detach(), expected)
 
 
@@ -164,10 +189,13 @@ def test_a_circuit_and_its_member_are_the_same_component_twice(decomposed: wd.De
     [
         ({"remove": [("7", 0)]}, "no site at '7'"),
         ({"scale": {("0", 99): 2.0}}, "'0' has components 0 to .*, got 99"),
-        ({"write": {("0", 0): torch.zeros(5)}}, r"the vector for \('0', 0\) has shape \(5,\), expected \(8,\)"),
+        (
+            {"write": {("0", 0): torch.zeros(5)}},
+            r"the vectors for \('0', 0\) have shape \(1, 5\), expected \(1, 8\): one row for each row of its .left",
+        ),
         ({"write": {("0", 99): torch.zeros(8)}}, "'0' has components 0 to .*, got 99"),
         ({"scale": {("0", 0): float("nan")}}, r"the factor for \('0', 0\) is nan, expected a finite number"),
-        ({"write": {("0", 0): torch.full((8,), torch.inf)}}, r"the vector for \('0', 0\) contains NaN or infinity"),
+        ({"write": {("0", 0): torch.full((8,), torch.inf)}}, r"the vectors for \('0', 0\) contain NaN or infinity"),
     ],
 )
 def test_an_edit_that_cannot_be_made_is_refused(decomposed: wd.Decomposition, changes: dict, message: str):

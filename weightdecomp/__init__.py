@@ -8,9 +8,13 @@ from weightdecomp._comparison import Comparison
 from weightdecomp._config import Config
 from weightdecomp._decompose import NumericalWarning, decompose
 from weightdecomp._decomposition import Component, Decomposition
+from weightdecomp._edit_report import EditReport, edit_report
 from weightdecomp._ledger import Ledger
+from weightdecomp._monitor import Monitor, monitor
 from weightdecomp._pretrained import Pretrained, load_hf
+from weightdecomp._responsible import Responsible, responsible
 from weightdecomp._save import load
+from weightdecomp._save_hf import save_hf
 from weightdecomp._tokens import sampled_batches, text_batches, token_batches
 from weightdecomp._verification import Verification
 
@@ -20,17 +24,24 @@ __all__ = [
     "Component",
     "Config",
     "Decomposition",
+    "EditReport",
     "Ledger",
+    "Monitor",
     "NumericalWarning",
     "Pretrained",
+    "Responsible",
     "Verification",
     "assemble",
     "baselines",
     "compare",
     "decompose",
+    "edit_report",
     "load",
     "load_hf",
+    "monitor",
+    "responsible",
     "sampled_batches",
+    "save_hf",
     "text_batches",
     "token_batches",
 ]

@@ -360,13 +360,14 @@ class Decomposition:
         Args:
             remove: Components `(site, index)` or circuits to take out of the weights.
             scale: Components or circuits with the factor to multiply them by.
-            write: Rank-one components with the vector that they shall write instead.
+            write: Components with what their pieces shall write instead, in the shape of `component.left`; one vector
+                will do for rank one. A circuit is rewritten component by component.
 
         Returns:
             The edited copy; the target stays as it is. Tied weights are untied where only one use is edited.
 
         Raises:
-            ValueError: For unknown components or vectors of a wrong size.
+            ValueError: For unknown components, vectors of a wrong size, or a component that is edited twice.
         """
         return edited(self, remove, scale or {}, write or {})
 

@@ -35,7 +35,7 @@ def edited(
         changes[path] = changes[path] + change if path in changes else change
 
     for factor, selection in [(0.0, one) for one in remove] + [(factor, one) for one, factor in scale.items()]:
-        for path, index in _members(selection):
+        for path, index in members_of(selection):
             decomposition.component(path, index)
             if not math.isfinite(factor):
                 raise ValueError(f"the factor for {(path, index)} is {factor}, expected a finite number")
@@ -45,7 +45,12 @@ def edited(
     return _with_changes(decomposition, changes)
 
 
-def _members(selection: Selection) -> Iterator[Member]:
+def members_of(selection: Selection) -> Iterator[Member]:
+    """The components of a selection.
+
+    Raises:
+        TypeError: For something that is neither a circuit nor a pair.
+    """
     if isinstance(selection, Circuit):
         yield from selection.members
     elif isinstance(selection, tuple) and len(selection) == 2:
@@ -55,18 +60,20 @@ def _members(selection: Selection) -> Iterator[Member]:
 
 
 def _rewritten(decomposition: "Decomposition", member: Member, vector: Tensor) -> Tensor:
+    """What changes in the weight when each piece of a component writes a new vector on what it reads."""
     component = decomposition.component(*member)
-    if len(component.left) != 1:
+    left = component.left
+    vector = torch.as_tensor(vector, dtype=left.dtype, device=left.device)
+    if vector.ndim == 1:
+        vector = vector[None]
+    if vector.shape != left.shape:
+        given, expected = tuple(vector.shape), tuple(left.shape)
         raise ValueError(
-            f"component {member} has rank {len(component.left)}; only rank-one components can be rewritten"
+            f"the vectors for {member} have shape {given}, expected {expected}: one row for each row of its .left"
         )
-    vector = torch.as_tensor(vector, dtype=component.left.dtype, device=component.left.device)
-    if vector.shape != component.left[0].shape:
-        expected = tuple(component.left[0].shape)
-        raise ValueError(f"the vector for {member} has shape {tuple(vector.shape)}, expected {expected}")
     if not torch.isfinite(vector).all():
-        raise ValueError(f"the vector for {member} contains NaN or infinity")
-    return torch.outer(vector - component.left[0], component.right[0])
+        raise ValueError(f"the vectors for {member} contain NaN or infinity")
+    return (vector - left).T @ component.right
 
 
 def _with_changes(decomposition: "Decomposition", changes: Mapping[str, Tensor]) -> nn.Module:

@@ -16,6 +16,7 @@ from weightdecomp.baselines._rules import L1, BatchTopK, JumpReLU, TopK
 from weightdecomp.baselines._sae import SAE, Matryoshka
 from weightdecomp.baselines._train import Training
 from weightdecomp.baselines._transcoder import Crosscoder, CrossLayerTranscoder, Transcoder
+from weightdecomp.baselines._tuned import tuned
 from weightdecomp.baselines._weights import SPD, SVD
 
 ALL: tuple[Method, ...] = (
@@ -51,5 +52,5 @@ __all__ = [
     "ALL", "AttributionDictionary", "Bank", "BatchTopK", "CrossLayerTranscoder", "Crosscoder", "Data", "EndToEndSAE",
     "Fitted", "ICA", "Inapplicable", "JumpReLU", "KMeans", "L1", "LocalInteractionBasis", "MDLSAE", "Matryoshka",
     "Method", "NAMES", "NMF", "Neurons", "PCA", "Polytopes", "SAE", "SPD", "SVD", "TopK", "Training", "Transcoder",
-    "protocols",
+    "protocols", "tuned",
 ]  # fmt: skip
