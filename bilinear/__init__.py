@@ -3,6 +3,7 @@
 from bilinear._adversary import adversarial_directions
 from bilinear._attention import Attention, BilinearAttention
 from bilinear._bridge import to_decomposition
+from bilinear._common import without_common
 from bilinear._cp import SharedSquares, shared_squares
 from bilinear._diagnosis import Diagnosis, diagnosis
 from bilinear._eigen import Eigen, eigen
@@ -70,5 +71,6 @@ __all__ = [
     "to_decomposition",
     "truncate",
     "tucker",
+    "without_common",
     "write_back",
 ]

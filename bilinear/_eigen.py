@@ -184,19 +184,14 @@ def eigen(
 
 
 def _by_lanczos(factors: Factors, rows: Tensor, k: int, rtol: float, seed: int) -> Pairs:
-    """Lanczos in chunks of directions; forms for which it fails take the dense route."""
+    """Lanczos; forms for which it fails take the dense route."""
     rng = torch.Generator().manual_seed(seed)
-    n = factors.w.shape[1]
-    chunk = max(1, min(128, _CHUNK // (n * 48)))
-    found = []
-    for part in rows.split(chunk):
-        pairs = lanczos(operator(factors, part), k, rtol, rng, min(n, _MOST))
-        if not pairs.sound.all():
-            dense = dense_pairs(factors, part[~pairs.sound], k)
-            for ours, theirs in zip(pairs, dense, strict=True):
-                ours[~pairs.sound] = theirs
-        found.append(pairs)
-    return Pairs(*(torch.cat(one) for one in zip(*found, strict=True)))
+    pairs = lanczos(operator(factors, rows), k, rtol, rng, min(factors.w.shape[1], _MOST))
+    if not pairs.sound.all():
+        dense = dense_pairs(factors, rows[~pairs.sound], k)
+        for ours, theirs in zip(pairs, dense, strict=True):
+            ours[~pairs.sound] = theirs
+    return pairs
 
 
 def dense_pairs(factors: Factors, rows: Tensor, k: int) -> Pairs:
