@@ -1,75 +1,102 @@
-"""The trap suite on one page: tasks by methods, green or red with the score, and every mechanism's own behind it."""
+"""The trap suite on one page: tasks by methods, green or red with the score, and what was found beside the truth."""
 
 import statistics
 from collections.abc import Sequence
 from html import escape
 from typing import Any
 
-from benchmarks.trap_tasks import Task
+from benchmarks.trap_tasks import NULLS, Task
+
+_WIDTH, _HEIGHT = 96, 48  # of one mechanism's picture
 
 
 def page(cells: Sequence[dict[str, Any]], tasks: Sequence[Task], bar: float) -> str:
-    """One HTML file that needs nothing else; a cell opens to one bar a mechanism of every seed."""
+    """One HTML file that needs nothing else; a cell opens to the pictures of its mechanisms."""
     methods = list(dict.fromkeys(one["method"] for one in cells))
     head = "".join(f"<th>{escape(task.name)}</th>" for task in tasks)
     rows = []
     for method in methods:
         found = [[c for c in cells if (c["task"], c["method"]) == (task.name, method)] for task in tasks]
         rows.append(f"<tr><td>{escape(method)}</td>{''.join(_cell(one, bar) for one in found)}</tr>")
-    told = "".join(
-        f"<li><b>{escape(t.name)}</b>{' (activation methods should win)' if t.control else ''}: {escape(t.claim)}. "
-        f"Answer: {escape(t.answer)}. Source: {escape(t.source)}.</li>"
-        for t in tasks
-    )
+    told = "".join(f"<tr>{''.join(f'<td>{escape(text)}</td>' for text in _told(task))}</tr>" for task in tasks)
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8"><title>Trap suite</title>'
         f"<style>{_STYLE}</style></head><body><h1>Trap suite</h1><p>{_ABOUT}</p>"
-        f"<table><tr><th></th>{head}</tr>{''.join(rows)}</table><ul>{told}</ul></body></html>\n"
+        f'<table class="scores"><tr><th></th>{head}</tr>{"".join(rows)}</table>'
+        "<h2>Tasks</h2><table><tr><th>task</th><th>claim</th><th>exact answer</th><th>score</th><th>source</th></tr>"
+        f"{told}</table><p>Nulls: {escape(NULLS)}.</p></body></html>\n"
     )
 
 
+def _told(task: Task) -> tuple[str, ...]:
+    return task.name, task.claim, task.answer, task.score, task.source
+
+
 def _cell(found: Sequence[dict[str, Any]], bar: float) -> str:
-    scores = [one["score"] for one in found if "score" in one]
-    if not scores:
+    shown = [one for one in found if "score" in one]
+    if not shown:
         reason = next((one["reason"] for one in found if one["reason"]), "not run yet")
         return f'<td class="none" title="{escape(reason)}">n/a</td>'
-    score = statistics.median(scores)
-    shown = [one for one in found if "score" in one]
-    pictures = "".join(f"<div>{_caption(one)}{_bars(one, bar)}</div>" for one in shown)
+    score = statistics.median(one["score"] for one in shown)
+    lines = "".join(f"<div>{_caption(one)}{_bars(one, bar)}</div>" for one in shown)
     kind = "yes" if score >= bar else "no"
-    return f'<td class="{kind}"><details><summary>{score:.2f}</summary>{pictures}</details></td>'
+    opened = f'<div class="found">{lines}{_pictures(shown[0])}</div>'
+    return f'<td class="{kind}"><details><summary>{score:.2f}</summary>{opened}</details></td>'
 
 
 def _caption(one: dict[str, Any]) -> str:
-    return f"seed {one['seed']}, {escape(one['setting'])}, {one['units']} units"
+    sizes = [size for trap in one["sizes"] for size in trap]
+    units = " and ".join(str(n) for n in one["units"])
+    return (
+        f"seed {one['seed']}: {one['score']:.2f}; {escape(one['setting'])}; {units} units, "
+        f"{sum(sizes) / len(sizes):.1f} a mechanism; {one['cpu_seconds']:.1f} CPU-seconds"
+    )
 
 
 def _bars(one: dict[str, Any], bar: float) -> str:
-    """What was found of every mechanism, beside the whole of it (grey)."""
+    """The score of every mechanism, beside the whole of it (grey)."""
     scores = [score for trap in one["scores"] for score in trap]
-    width, height = 8, 40
-    parts = []
+    width, height = (8 if len(scores) <= 50 else 3), 24
+    parts = [f'<rect width="{width * len(scores)}" height="{height}" fill="#e4e4e4"/>']
     for i, score in enumerate(scores):
-        filled = max(score, 0.0) * height
-        color = "#1b7837" if score >= bar else "#b2182b"
-        for top, tall, fill in ((0.0, height, "#e4e4e4"), (height - filled, filled, color)):
-            box = f'x="{i * width}" y="{top:.1f}" width="{width - 1}" height="{tall:.1f}"'
-            parts.append(f'<rect {box} fill="{fill}"/>')
+        tall, color = score * height, "#1b7837" if score >= bar else "#b2182b"
+        box = f'x="{i * width}" y="{height - tall:.1f}" width="{width - 1}" height="{tall:.1f}"'
+        parts.append(f'<rect {box} fill="{color}"/>')
     return f'<svg width="{width * len(scores)}" height="{height}" role="img">{"".join(parts)}</svg>'
+
+
+def _pictures(one: dict[str, Any]) -> str:
+    """Per mechanism its exact effect (grey) over some inputs in ascending order, and the effect found (black)."""
+    drawn = [picture for trap in one["pictures"] for picture in trap[: 12 // len(one["pictures"])]]
+    return "".join(
+        f'<svg width="{_WIDTH}" height="{_HEIGHT}" role="img">{_line(exact, "#aaa", 5)}{_line(got, "#111", 1.2)}</svg>'
+        for exact, got in drawn
+    )
+
+
+def _line(values: Sequence[int], color: str, width: float) -> str:
+    step = (_WIDTH - 6) / max(1, len(values) - 1)
+    points = " ".join(f"{3 + i * step:.0f},{_HEIGHT / 2 - v * 0.14:.0f}" for i, v in enumerate(values))
+    return f'<polyline points="{points}" fill="none" stroke="{color}" stroke-width="{width}"/>'
 
 
 _ABOUT = (
     "A number is the median over seeds of causal-effect matching: per mechanism, how much of the change that deleting "
     "it makes is reproduced by taking out one group of the method's units, groups disjoint; 1 is exact. Green: at "
     "least 0.95. Of every baseline the best setting of its grid is shown, of ours the one default. Click a number: "
-    "one bar a mechanism, grey is the truth."
+    "a bar a mechanism and seed; below, each mechanism's exact effect (grey band) over some inputs, and what the first "
+    "seed's units found of it (black line)."
 )
 _STYLE = """
-body { font: 15px/1.45 system-ui, sans-serif; color: #1a1a1a; max-width: 80rem; margin: 2rem auto; padding: 0 1rem }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums }
-td, th { padding: .3rem .5rem; border: 1px solid #fff }
-th { font-weight: 600; max-width: 7rem } td:first-child { text-align: left; white-space: nowrap }
-td { text-align: center; vertical-align: top }
+body { font: 15px/1.45 system-ui, sans-serif; color: #1a1a1a; margin: 2rem; padding: 0 1rem }
+p { max-width: 60rem } table { border-collapse: collapse; font-variant-numeric: tabular-nums }
+td, th { padding: .3rem .5rem; border: 1px solid #fff; text-align: left; vertical-align: top }
+th { font-weight: 600 } .scores th { font-size: .75rem; width: 4.5rem; vertical-align: bottom; hyphens: auto }
+.scores td { text-align: center } .scores td:first-child { text-align: left; white-space: nowrap }
 .yes { background: #b8e0c0 } .no { background: #f3c1bb } .none { background: #eee }
-details div { font-size: .75rem; text-align: left } svg { display: block } li { margin: .3rem 0 }
+details { position: relative } summary { list-style: none; cursor: pointer }
+.found { position: absolute; right: 0; z-index: 1; width: 30rem; background: #fff; border: 1px solid #999 }
+.found { padding: .5rem; font-size: .75rem; text-align: left } div svg { display: block }
+.found > svg { border: 1px solid #ddd; margin: 2px }
+.found > svg { display: inline-block } td:nth-child(-n+8) .found { left: 0; right: auto }
 """

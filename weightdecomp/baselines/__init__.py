@@ -5,11 +5,13 @@ units out, and each bank of units has its directions and activations.
 """
 
 from weightdecomp.baselines import protocols
+from weightdecomp.baselines._apd import APD
 from weightdecomp.baselines._bank import Bank, Fitted
 from weightdecomp.baselines._closed import ICA, PCA, Neurons
 from weightdecomp.baselines._clusters import NMF, KMeans, Polytopes
 from weightdecomp.baselines._data import Data, Inapplicable
 from weightdecomp.baselines._gradients import AttributionDictionary, EndToEndSAE, LocalInteractionBasis
+from weightdecomp.baselines._l3d import L3D
 from weightdecomp.baselines._mdl import MDLSAE
 from weightdecomp.baselines._method import Method
 from weightdecomp.baselines._rules import L1, BatchTopK, JumpReLU, TopK
@@ -41,7 +43,9 @@ ALL: tuple[Method, ...] = (
     LocalInteractionBasis(),
     AttributionDictionary(),
     SVD(),
+    APD(),
     SPD(),
+    L3D(),
 )
 """Every method with its defaults."""
 
@@ -49,8 +53,8 @@ NAMES = tuple(method.name for method in ALL)
 """Their names, as `compare(methods=[...])` takes them."""
 
 __all__ = [
-    "ALL", "AttributionDictionary", "Bank", "BatchTopK", "CrossLayerTranscoder", "Crosscoder", "Data", "EndToEndSAE",
-    "Fitted", "ICA", "Inapplicable", "JumpReLU", "KMeans", "L1", "LocalInteractionBasis", "MDLSAE", "Matryoshka",
-    "Method", "NAMES", "NMF", "Neurons", "PCA", "Polytopes", "SAE", "SPD", "SVD", "TopK", "Training", "Transcoder",
-    "protocols", "tuned",
+    "ALL", "APD", "AttributionDictionary", "Bank", "BatchTopK", "CrossLayerTranscoder", "Crosscoder", "Data",
+    "EndToEndSAE", "Fitted", "ICA", "Inapplicable", "JumpReLU", "KMeans", "L1", "L3D", "LocalInteractionBasis",
+    "MDLSAE", "Matryoshka", "Method", "NAMES", "NMF", "Neurons", "PCA", "Polytopes", "SAE", "SPD", "SVD", "TopK",
+    "Training", "Transcoder", "protocols", "tuned",
 ]  # fmt: skip
