@@ -9,7 +9,7 @@ from graphs._columns import Key
 from graphs._influence import add_influence
 from graphs._tally import Tally
 
-_SAME = ("decomposition", "effects", "components", "collapsed", "divergence")
+_SAME = ("decomposition", "effects", "components", "collapsed", "divergence", "outputs")
 _OF_SITES = ("layer", "order", "circuit", "reads", "writes")
 
 
@@ -19,7 +19,7 @@ def aggregate(graphs: Iterable[nx.DiGraph], *, positions: bool = False, edges: i
     Weights and activations become means over inputs with standard errors; what an input has not counts 0 there.
 
     Args:
-        graphs: Graphs of one input each, with all their edges (`edges=None`), of the same decomposition.
+        graphs: Graphs of one input each, with all their edges (`edges=None`), of the same decomposition and outputs.
         positions: Keep positions apart; else effects are summed over the positions of an input.
         edges: Largest number of edges kept; None keeps all.
 
@@ -38,10 +38,11 @@ def aggregate(graphs: Iterable[nx.DiGraph], *, positions: bool = False, edges: i
         if n != 1:
             raise ValueError(f"graphs[{i}] is of {n} inputs, expected a graph of one input")
         for name in _SAME:
-            if graph.graph[name] != first[name]:
+            if graph.graph.get(name) != first.get(name):
                 raise ValueError(
-                    f"graphs[{i}] has another {name} ({graph.graph[name]!r}) than graphs[0] ({first[name]!r}); "
-                    "only graphs of one decomposition, built in the same way, add up"
+                    f"graphs[{i}] has another {name} ({graph.graph.get(name)!r}) than graphs[0] ({first.get(name)!r}); "
+                    "only graphs of one decomposition, built in the same way, add up; name outputs= and "
+                    "output_positions= where the model has so many that each input shows its own"
                 )
         if graph.graph["hidden_edges"]:
             raise ValueError(
@@ -49,14 +50,15 @@ def aggregate(graphs: Iterable[nx.DiGraph], *, positions: bool = False, edges: i
                 "edges=None"
             )
     tally = Tally(len(found))
-    tally.precision = 0.0
+    # What positions cancel to is rounding again.
+    tally.precision = max(graph.graph.get("precision", 0.0) for graph in found)
     kept: dict[str, dict] = {}
     for graph in found:
         _count(tally, graph, positions, kept)
     total = tally.graph(edges, "estimate")
     for node, data in total.nodes(data=True):
         data |= kept[node]
-    counted = {name: total.graph[name] for name in ("hidden_edges", "rows")}
+    counted = {name: total.graph[name] for name in ("hidden_edges", "precision", "rows")}
     inputs = {"n": len(found), "sha256": "", "positions": positions}
     total.graph.update({**first, **counted, "inputs": inputs, "pruning": [], "scores": []})
     add_influence(total, first["divergence"])

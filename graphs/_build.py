@@ -139,6 +139,7 @@ def circuit_graph(
     _add_layers(graph, probe, decomposition)
     cards(graph, decomposition, input_titles, output_titles)
     graph.graph.update(_about(decomposition, batches, n_inputs, apart, effects, components, collapse))
+    graph.graph["outputs"] = {"indices": shown_outputs} | ({} if at is None else {"positions": at})
     if units is not None:
         graph.graph |= {"decomposition": digest_of(units), "method": f"{units.name}, {units.setting}"}
     add_influence(graph, decomposition.divergence.name)

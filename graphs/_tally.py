@@ -111,7 +111,7 @@ class Tally:
                 data |= {"error": float(error[e]), "std": float(error[e] * n**0.5)}
             graph.add_edge(ids[fro[e]], ids[to[e]], **data)
         add_accounts(graph)
-        graph.graph["hidden_edges"] = n_found - len(keep)
+        graph.graph |= {"hidden_edges": n_found - len(keep), "precision": self.precision}
         graph.graph["rows"] = {site if call is None else f"{site}@{call}": n for (site, call), n in self.rows.items()}
         return graph
 

@@ -176,6 +176,8 @@ def test_graphs_of_single_inputs_add_up_to_the_graph_of_all(name: str, collapse:
     )
     total = graphs.aggregate(single, edges=None)
 
+    # Nothing that cancels over positions is left as an edge of rounding.
+    assert set(total.edges) == set(whole.edges)
     for one, other in zip(numbers(total), numbers(whole), strict=True):
         assert one.keys() == other.keys()
         for key, value in one.items():
@@ -400,6 +402,8 @@ def test_only_graphs_of_one_input_and_one_decomposition_add_up():
         graphs.aggregate([graphs.circuit_graph(d, x[:1]) for d in (one, other)])
     with pytest.raises(ValueError, match=r"graphs\[0\] is of 12 inputs"):
         graphs.aggregate([graphs.circuit_graph(one, x)])
+    with pytest.raises(ValueError, match=r"graphs\[1\] has another outputs .* name outputs="):
+        graphs.aggregate([graphs.circuit_graph(one, x[i : i + 1], edges=None, outputs=[i]) for i in range(2)])
     with pytest.raises(ValueError, match="no graphs"):
         graphs.aggregate([])
 
