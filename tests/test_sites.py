@@ -350,3 +350,61 @@ def test_looking_for_sites_leaves_no_hook_even_when_the_model_fails():
 
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
     assert torch.backends.mha.get_fastpath_enabled()
+
+
+class Scaled(nn.Embedding):
+    """A lookup times a constant, as transformers writes it."""
+
+    embed_scale = 3.0
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input) * self.embed_scale
+
+
+class Shifted(nn.Linear):
+    """Something else than a matrix product."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input).exp()
+
+
+class Renamed(nn.Linear):
+    """The same product by another forward."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return input @ self.weight.T + self.bias
+
+
+def test_a_scaled_embedding_is_a_site_with_its_scale():
+    model, x = seeded(nn.Sequential(Scaled(7, 4), nn.Linear(4, 3))).double(), ids(7, 6, 5)
+    sites, _ = find_sites(model, x)
+
+    rows = sites[0].write(sites[0].read((x,), sites[0].matrix()), (x,))
+
+    assert_close(rows, model.get_submodule("0")(x), rtol=0, atol=1e-12)
+    assert_close(sites[0].as_weight(sites[0].matrix()), sites[0].weight, rtol=1e-12, atol=0)
+
+
+def test_a_module_whose_own_forward_is_no_matrix_product_is_skipped_with_the_reason():
+    model = seeded(nn.Sequential(Shifted(4, 4), Renamed(4, 3))).double()
+
+    sites, skipped = find_sites(model, drawn(6, 4))
+
+    assert [site.path for site in sites] == ["1"]
+    assert "is not all that the forward of its Shifted applies" in next(
+        s.reason for s in skipped if s.name == "0.weight"
+    )
+
+
+@pytest.mark.parametrize("rows", [(5,), (1, 5)])
+def test_a_table_that_is_read_once_for_all_inputs_is_skipped_with_the_reason(rows: tuple[int, ...]):
+    def forward(m: Calls, x: Tensor) -> Tensor:
+        return m.read(m.embed(x) + m.place(torch.arange(5).reshape(rows)))
+
+    parts = {"embed": nn.Embedding(7, 4), "place": nn.Embedding(5, 4), "read": nn.Linear(4, 3)}
+    model = seeded(Calls(forward, **parts)).double()
+
+    sites, skipped = find_sites(model, ids(7, 6, 5))
+
+    assert [site.path for site in sites] == ["embed", "read"]
+    assert "the same rows for all inputs together" in next(s.reason for s in skipped if s.name == "place.weight")

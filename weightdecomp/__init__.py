@@ -9,12 +9,14 @@ from weightdecomp._config import Config
 from weightdecomp._decompose import NumericalWarning, decompose
 from weightdecomp._decomposition import Component, Decomposition
 from weightdecomp._edit_report import EditReport, edit_report
+from weightdecomp._fold import fold_norms
 from weightdecomp._ledger import Ledger
 from weightdecomp._monitor import Monitor, monitor
 from weightdecomp._pretrained import Pretrained, load_hf
 from weightdecomp._responsible import Responsible, responsible
 from weightdecomp._save import load
 from weightdecomp._save_hf import save_hf
+from weightdecomp._split import split
 from weightdecomp._tokens import sampled_batches, text_batches, token_batches
 from weightdecomp._verification import Verification
 
@@ -36,12 +38,14 @@ __all__ = [
     "compare",
     "decompose",
     "edit_report",
+    "fold_norms",
     "load",
     "load_hf",
     "monitor",
     "responsible",
     "sampled_batches",
     "save_hf",
+    "split",
     "text_batches",
     "token_batches",
 ]

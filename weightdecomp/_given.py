@@ -1,14 +1,17 @@
 """The model and the inputs that a command line names, by whichever flags it names them."""
 
 import argparse
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from torch import nn
 
 from weightdecomp._batches import Batch
+from weightdecomp._fold import fold_norms
 from weightdecomp._loading import loaded_batches, loaded_model
 from weightdecomp._pretrained import load_hf
+from weightdecomp._split import Rows, split
 from weightdecomp._tokens import sampled_batches, text_batches, token_batches
 
 _LENGTH = 128  # tokens an input, unless given
@@ -20,6 +23,10 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     model.add_argument("--model", metavar="MODULE:FACTORY", help=_MODEL)
     model.add_argument("--hf", type=Path, metavar="DIR", help="Hugging Face directory: config.json and safetensors")
     parser.add_argument("--weights", type=Path, metavar="FILE", help=_WEIGHTS)
+    parser.add_argument("--split", action="append", nargs="?", const="", metavar="PATTERN=q:64,k:32,v:32", help=_SPLIT)
+    parser.add_argument(
+        "--fold-norms", action="store_true", help="put gains of layer norms into the matrices they feed"
+    )
     data = parser.add_mutually_exclusive_group(required=True)
     data.add_argument("--data", metavar="MODULE:FUNCTION", help=_DATA)
     data.add_argument("--text", type=Path, metavar="FILE", help="UTF-8 text, cut into inputs of --length tokens")
@@ -37,14 +44,43 @@ def model_and_batches(given: argparse.Namespace) -> tuple[nn.Module, Iterable[Ba
     """
     _check_pairs(given)
     model = loaded_model(given.model, given.weights) if given.hf is None else load_hf(given.hf)
+    batches = _batches(given, model)
+    if given.split is not None:
+        model = split(model, _rows(given.split))
+    if given.fold_norms:
+        batches = list(batches)
+        model = fold_norms(model, batches[0])
+    return model, batches
+
+
+def _batches(given: argparse.Namespace, model: nn.Module) -> Iterable[Batch]:
     length = _LENGTH if given.length is None else given.length
     if given.text is not None:
-        return model, text_batches(model, given.text, length=length, tokenizer_from=given.tokenizer)
+        return text_batches(model, given.text, length=length, tokenizer_from=given.tokenizer)
     if given.tokens is not None:
-        return model, token_batches(model, given.tokens)
+        return token_batches(model, given.tokens)
     if given.sample is not None:
-        return model, sampled_batches(model, given.sample, length=length)
-    return model, loaded_batches(given.data)
+        return sampled_batches(model, given.sample, length=length)
+    return loaded_batches(given.data)
+
+
+def _rows(words: Sequence[str]) -> dict[str, Rows] | None:
+    """What `--split` says: None for the known layouts, else the rows for each pattern."""
+    if "" in words:
+        if len(words) > 1:
+            raise ValueError("--split: give it once without a value, or with patterns alone")
+        return None
+    found: dict[str, Rows] = {}
+    for word in words:
+        pattern, _, rest = word.partition("=")
+        match = re.fullmatch(r"\(?(\w+:\d+(?:,\w+:\d+)*)\)?(?:\*(\d+))?", rest)
+        if match is None:
+            raise ValueError(
+                f"--split: expected PATTERN=name:rows,name:rows or PATTERN=(name:rows,name:rows)*heads, got {word!r}"
+            )
+        pairs = [pair.split(":") for pair in match[1].split(",")]
+        found[pattern] = [(name, int(size)) for name, size in pairs] * int(match[2] or 1)
+    return found
 
 
 def _check_pairs(given: argparse.Namespace) -> None:
@@ -60,3 +96,4 @@ def _check_pairs(given: argparse.Namespace) -> None:
 _MODEL = "function or class that makes the model, called without arguments, as in package.module:factory"
 _WEIGHTS = "of --model: safetensors, or a state_dict of torch.save; default: the factory's own"
 _DATA = "function that returns batches of sample inputs, called without arguments"
+_SPLIT = "fused matrices as separate sites: those of known layout, or by numbers of rows, (q:8,k:8,v:8)*4 for 4 heads"

@@ -120,7 +120,10 @@ def _assembled(
 def _bound(model: nn.Module, entry: dict[str, Any], directory: str | Path) -> Site:
     site = bound_site(model, entry["path"], entry["n_calls"])
     if site is None:
-        raise ValueError(f"{directory} decomposes another model: this one has no weight matrix at {entry['path']!r}")
+        raise ValueError(
+            f"{directory} decomposes another model: this one has no weight matrix at {entry['path']!r}; "
+            "prepare it in the same way (split, fold_norms)"
+        )
     with torch.no_grad():
         if _storage.digest({"weight": site.weight.detach()}) != entry["weight"]:
             raise ValueError(

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.overrides import TorchFunctionMode
 
-from weightdecomp._batches import Batch, call
+from weightdecomp._batches import Batch, call, select, tensors
+from weightdecomp._batches import size as n_inputs
 
 _HALF = (torch.float16, torch.bfloat16)
 _WIDEST = 8192  # numbers in a site's input row, whose second moment is diagonalised
@@ -120,6 +121,16 @@ class _Embedding(Site):
         return weight.T
 
 
+class _ScaledEmbedding(_Embedding):
+    """A lookup times a constant, as in Gemma; W holds the constant, the parameter does not."""
+
+    def as_weight(self, matrix: Tensor) -> Tensor:
+        return super().as_weight(matrix) / self.module.embed_scale
+
+    def _matrix(self, weight: Tensor) -> Tensor:
+        return super()._matrix(weight) * self.module.embed_scale
+
+
 class _Bilinear(Site):
     """nn.Bilinear is linear in the outer product of its two inputs."""
 
@@ -170,7 +181,8 @@ def _site_class(module: nn.Module) -> type[Site] | None:
     if isinstance(module, nn.Linear):
         return _Linear
     if isinstance(module, nn.Embedding):
-        return _Embedding
+        scaled = hasattr(module, "embed_scale") and type(module).forward is not nn.Embedding.forward
+        return _ScaledEmbedding if scaled else _Embedding
     if isinstance(module, nn.Conv1d | nn.Conv2d):
         return _Conv
     if isinstance(module, nn.Bilinear):
@@ -232,16 +244,37 @@ class _UseWatcher(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def _observe(model: nn.Module, candidates: dict[str, nn.Module], batch: Batch) -> tuple[dict, dict]:
-    """Shapes of every candidate's calls, and parameters used outside them, in one forward pass."""
+def _writes_its_own_forward(module: nn.Module) -> bool:
+    known = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Bilinear)
+    return isinstance(module, known) and all(type(module).forward is not kind.forward for kind in known)
+
+
+def _is_matrix_product(module: Any, operands: Sequence[Any], output: Any) -> bool:
+    """Whether a call of the module returned what its site would."""
+    kind = _site_class(module)
+    assert kind is not None
+    site = kind("", module)
+    try:
+        own = site.write(site.read(operands, site.matrix()), operands)
+    except (TypeError, RuntimeError, IndexError):  # its arguments are no input rows
+        return False
+    # Far above rounding in half precision, far below another function.
+    return own.shape == output.shape and bool((own - output).abs().max() <= 1e-2 * output.abs().max())
+
+
+def _observe(model: nn.Module, candidates: dict[str, nn.Module], batch: Batch) -> tuple[dict, dict, set[str]]:
+    """Shapes of every candidate's calls, parameters used outside them, and who computes something else, in one pass."""
     shapes: dict[str, list[torch.Size]] = {path: [] for path in candidates}
+    others = set[str]()
     watcher = _UseWatcher({id(p): name for name, p in model.named_parameters()})
 
     def before(path: str, args: tuple, kwargs: dict) -> None:
         watcher.depth += 1
         shapes[path].append((*args, *kwargs.values())[0].shape)
 
-    def after() -> None:
+    def after(path: str, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
+        if _writes_its_own_forward(module) and not _is_matrix_product(module, (*args, *kwargs.values()), output):
+            others.add(path)
         watcher.depth -= 1
 
     handles = []
@@ -249,14 +282,28 @@ def _observe(model: nn.Module, candidates: dict[str, nn.Module], batch: Batch) -
         handles.append(
             module.register_forward_pre_hook(lambda m, a, k, path=path: before(path, a, k), with_kwargs=True)
         )
-        handles.append(module.register_forward_hook(lambda m, a, o: after(), always_call=True))
+        handles.append(
+            module.register_forward_hook(lambda m, a, k, o, path=path: after(path, m, a, k, o), with_kwargs=True)
+        )
     try:
         with torch.no_grad(), no_fast_path(), watcher:
             call(model, batch)
     finally:
         for handle in handles:
             handle.remove()
-    return shapes, watcher.uses
+    return shapes, watcher.uses, others
+
+
+def _shared_tables(model: nn.Module, candidates: dict[str, nn.Module], batch: Batch, shapes: dict) -> set[str]:
+    """Embeddings that are looked up once for all inputs together: one input alone gives calls of the same shapes."""
+    tables: dict[str, nn.Module] = {
+        path: module for path, module in candidates.items() if isinstance(module, nn.Embedding)
+    }
+    if not tables or n_inputs(batch) == 1:
+        return set()
+    first = select(batch, torch.arange(1, device=tensors(batch)[0].device))
+    alone = _observe(model, tables, first)[0]
+    return {path for path in tables if alone[path] and alone[path] == shapes[path]}
 
 
 def _parameter_reason(name: str, ndim: int, uses: dict[str, str]) -> str:
@@ -289,7 +336,8 @@ def find_sites(
     candidates = {
         path: module for path, module in model.named_modules() if _site_class(module) and hasattr(module, "weight")
     }
-    shapes, uses = _observe(model, candidates, batch)
+    shapes, uses, others = _observe(model, candidates, batch)
+    shared = _shared_tables(model, candidates, batch, shapes)
     chosen = _matching(list(candidates), patterns)
     sites, skipped = [], []
     covered: set[str] = set()
@@ -299,6 +347,13 @@ def find_sites(
         if reason is None and not shapes[path]:
             how = f"is used by {uses[name]!r} outside" if name in uses else "is not used in"
             reason = f"{how} a call of its module; rewrite the use as a module call to decompose it"
+        if reason is None and path in others:
+            reason = f"is not all that the forward of its {type(module).__name__} applies; use a plain module there"
+        if reason is None and path in shared:
+            reason = (
+                "is applied to the same rows for all inputs together, as a table of positions is; pass these rows for "
+                "every input (such as position_ids) to decompose it"
+            )
         if reason is None and len(set(shapes[path])) > 1:
             reason = "belongs to a module called with several input shapes in one forward; split it in two modules"
         if reason is None and path not in chosen:
@@ -312,11 +367,11 @@ def find_sites(
         sites.append(kind(path, module, len(shapes[path])))
         if name in uses:
             skipped.append(Skipped(name, f"is also used by {uses[name]!r}; that use stays as in the target"))
-    shared = {id(module.weight) for module in candidates.values()}
+    used_by_sites = {id(module.weight) for module in candidates.values()}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         # What parametrizations compute a weight from belongs to that weight's site.
         plain = re.sub(r"parametrizations\.(\w+)\..+", r"\1", name)
-        if name not in covered and plain not in covered and id(parameter) not in shared:
+        if name not in covered and plain not in covered and id(parameter) not in used_by_sites:
             skipped.append(Skipped(name, _parameter_reason(name, parameter.ndim, uses)))
     if not sites:
         reasons = "; ".join(f"{s.name} {s.reason}" for s in skipped if "vector" not in s.reason) or "no parameters"
