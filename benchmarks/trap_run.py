@@ -22,7 +22,6 @@ from weightdecomp.baselines._ours import as_fitted
 from weightdecomp.baselines._weights import components
 
 OURS, RANDOM, ORACLE = "weight decomposition", "null: random directions", "oracle: the known answer"
-FIT, SCORED = 4096, 512  # inputs
 
 
 class Effort(NamedTuple):
@@ -33,12 +32,18 @@ class Effort(NamedTuple):
         steps: Gradient steps of trained methods; None: their own.
         methods: Names; None: all.
         config: Of our decomposition.
+        tune: Whether all settings of a method's grid are tried, or its defaults alone.
+        fit: Inputs to fit on.
+        scored: Inputs to score on.
     """
 
     seeds: int
     steps: int | None
     methods: tuple[str, ...] | None
     config: Config
+    tune: bool = True
+    fit: int = 4096
+    scored: int = 512
 
 
 class Cell(NamedTuple):
@@ -63,9 +68,9 @@ def scored(cell: Cell, effort: Effort) -> dict[str, Any]:
     before = time.process_time()
     best, top, reason = list[Found](), -1.0, ""
     traps = cell.task.build(cell.seed)
-    for choice in range(_n_settings(cell.method)):
+    for setting in _settings(cell.method, effort):
         try:
-            found = [_on_trap(trap, cell, choice, effort) for trap in traps]
+            found = [_on_trap(trap, cell, setting, effort) for trap in traps]
         except Inapplicable as error:
             reason = str(error)
             continue
@@ -86,12 +91,18 @@ def scored(cell: Cell, effort: Effort) -> dict[str, Any]:
     return result | {"cpu_seconds": time.process_time() - before}
 
 
-def _n_settings(name: str) -> int:
-    return 1 if name in (OURS, RANDOM, ORACLE) else len(_method(name).grid())
+def _settings(name: str, effort: Effort) -> list[Method | None]:
+    """A baseline's settings; None for ours, the null and the answer."""
+    if name in (OURS, RANDOM, ORACLE):
+        return [None]
+    method: Any = next(method for method in baselines.ALL if method.name == name)
+    return [_hurried(one, effort) for one in (method.grid() if effort.tune else [method])]
 
 
-def _method(name: str) -> Method:
-    return next(method for method in baselines.ALL if method.name == name)
+def _hurried(method: Any, effort: Effort) -> Method:
+    if effort.steps and hasattr(method, "training"):
+        return replace(method, training=replace(method.training, steps=effort.steps))
+    return method
 
 
 def prepared(trap: Trap, seed: int, fit: int, held: int) -> tuple[Data, protocols.Trial, Effects]:
@@ -113,9 +124,9 @@ def matched(trap: Trap, trial: protocols.Trial, fitted: Fitted, truth: Effects) 
     return Found(score, found, truth, fitted)
 
 
-def _on_trap(trap: Trap, cell: Cell, choice: int, effort: Effort) -> Found:
-    data, trial, truth = prepared(trap, cell.seed, FIT, SCORED)
-    return matched(trap, trial, _fitted(data, trap, cell, choice, effort), truth)
+def _on_trap(trap: Trap, cell: Cell, setting: Method | None, effort: Effort) -> Found:
+    data, trial, truth = prepared(trap, cell.seed, effort.fit, effort.scored)
+    return matched(trap, trial, _fitted(data, trap, cell, setting, effort), truth)
 
 
 def curves(truth: Effects, found: Effects, mechanisms: int = 12, inputs: int = 24) -> list[list[list[int]]]:
@@ -135,17 +146,12 @@ def curves(truth: Effects, found: Effects, mechanisms: int = 12, inputs: int = 2
     return drawn
 
 
-def _fitted(data: Data, trap: Trap, cell: Cell, choice: int, effort: Effort) -> Fitted:
+def _fitted(data: Data, trap: Trap, cell: Cell, setting: Method | None, effort: Effort) -> Fitted:
+    if setting is not None:
+        return setting.fit(data, cell.seed)
     if cell.method == OURS:
         return _ours(data, trap, cell, effort)
-    if cell.method == RANDOM:
-        return _random(data, cell.seed)
-    if cell.method == ORACLE:
-        return oracle(data, trap)
-    method: Any = list(_method(cell.method).grid())[choice]
-    if effort.steps and hasattr(method, "training"):
-        method = replace(method, training=replace(method.training, steps=effort.steps))
-    return method.fit(data, cell.seed)
+    return _random(data, cell.seed) if cell.method == RANDOM else oracle(data, trap)
 
 
 def _ours(data: Data, trap: Trap, cell: Cell, effort: Effort) -> Fitted:

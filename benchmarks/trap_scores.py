@@ -4,10 +4,11 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from benchmarks.trap_parts import Effects
+from weightdecomp._batches import select
 from weightdecomp._divergence import output_tensor
 from weightdecomp.baselines import Fitted, protocols
 
@@ -63,9 +64,17 @@ def effect_matching(
     output = output_tensor(trial.output)
     units = [(number, unit) for number, bank in enumerate(fitted.banks) for unit in range(bank.n)]
 
+    active = _active(trial, fitted)
+
     def effect(group: Sequence[Unit]) -> Tensor:
-        by_bank = {number: [u for b, u in group if b == number] for number, _ in group}
-        return output - output_tensor(protocols.ablated_output(trial, fitted, by_bank))
+        # Where no unit of the group is active, taking it out changes nothing: most inputs, for sparse coders.
+        some = torch.stack([active[b][:, u] for b, u in group]).any(0).nonzero().flatten()
+        change = torch.zeros_like(output)
+        if len(some):
+            by_bank = {number: [u for b, u in group if b == number] for number, _ in group}
+            there = trial._replace(batch=select(trial.batch, some), output=output[some])
+            change[some] = output[some] - output_tensor(protocols.ablated_output(there, fitted, by_bank))
+        return change
 
     own = torch.stack([effect([unit]).flatten() for unit in units])
     goals = truth.flatten(1)
@@ -73,7 +82,10 @@ def effect_matching(
     if sites is not None:
         writes = [set(fitted.banks[number].writes) for number, _ in units]
         allowed = torch.tensor([[bool(here & there) for there in sites] for here in writes])
-    best, owner = _shares(own, goals, allowed).max(1)
+    # Units that change nothing, such as latents that are dead on these inputs, belong to nobody.
+    live = own.square().sum(1) > 0
+    best, owner = torch.zeros(len(units)), torch.zeros(len(units), dtype=torch.long)
+    best[live], owner[live] = _shares(own[live], goals, allowed[live]).max(1)
     order = (best * own.norm(dim=1)).argsort(descending=True).tolist()
     scores, sizes, effects = [], [], []
     for mechanism, goal in enumerate(truth):
@@ -91,6 +103,18 @@ def effect_matching(
         effects.append(found[2])
     claims = int((own.square().sum(1) > _CLAIM * goals.square().sum(1).min()).sum())
     return Matched(scores, sizes, torch.stack(effects), claims)
+
+
+def _active(trial: protocols.Trial, fitted: Fitted) -> list[Bool[Tensor, "input unit"]]:
+    """Per bank, on which inputs a unit's inner activation is not zero at some position."""
+    n = len(output_tensor(trial.output))
+    found = [torch.zeros(n, bank.n, dtype=torch.bool) for bank in fitted.banks]
+    for (number, _), code in protocols.codes(trial, fitted).items():
+        pieces = (code.inner != 0).reshape(n, -1, code.inner.shape[-1]).any(1)
+        owner = fitted.banks[number].owner
+        for piece in range(pieces.shape[1]):
+            found[number][:, piece if owner is None else owner[piece]] |= pieces[:, piece]
+    return found
 
 
 def _shares(

@@ -22,7 +22,7 @@ import weightdecomp
 from benchmarks import targets
 from benchmarks.report import RESULTS, provenance, spread, table, write, write_json
 from benchmarks.trap_page import page
-from benchmarks.trap_run import FIT, ORACLE, OURS, RANDOM, SCORED, Cell, Effort, scored
+from benchmarks.trap_run import ORACLE, OURS, RANDOM, Cell, Effort, scored
 from benchmarks.trap_tasks import TASKS
 from weightdecomp import Config, baselines
 
@@ -30,9 +30,9 @@ CACHE = Path(__file__).parent / ".cache" / "traps"
 PASS = 0.95  # of the exact answer
 
 FULL = Effort(3, None, None, Config())
-_SLOW = ("sae mdl", "sae end-to-end", "sae end-to-end + downstream", "spd")
+_SLOW = ("sae mdl", "sae end-to-end", "sae end-to-end + downstream", "apd", "spd", "l3d")
 QUICK = Effort(3, 600, tuple(name for name in baselines.NAMES if name not in _SLOW), Config())
-SMOKE = Effort(1, 100, ("neurons", "pca", "ica", "sae topk", "svd"), Config(steps=10, sample=512))
+SMOKE = Effort(1, 100, ("neurons", "pca", "ica", "sae topk", "svd"), Config(steps=10, sample=512), False, 2048, 384)
 
 
 def cells(effort: Effort) -> list[Cell]:
@@ -44,7 +44,7 @@ def cells(effort: Effort) -> list[Cell]:
 def key(cell: Cell, effort: Effort) -> str:
     """The hash of all that a cell depends on: its names, the effort, and the code."""
     effort = effort._replace(seeds=0, methods=None)
-    said = f"{cell.task.name}|{cell.method}|{cell.seed}|{effort}|{FIT}|{SCORED}|{_code()}"
+    said = f"{cell.task.name}|{cell.method}|{cell.seed}|{effort}|{_code()}"
     return hashlib.sha256(said.encode()).hexdigest()[:24]
 
 
@@ -95,7 +95,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the suite and write the table and the page."""
     parser = argparse.ArgumentParser("python -m benchmarks.traps", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--smoke", action="store_true", help="one seed, few steps and methods: below two minutes")
-    parser.add_argument("--quick", action="store_true", help="600 training steps, without the four slowest methods")
+    parser.add_argument("--quick", action="store_true", help="600 training steps, without the six slowest methods")
     parser.add_argument("--shard", type=shard, default=(0, 1), metavar="I/N", help="only every n-th cell (1/1)")
     parser.add_argument("--out", type=Path, default=RESULTS, metavar="DIR", help="default: %(default)s")
     given = parser.parse_args(arguments)
