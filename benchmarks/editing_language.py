@@ -221,8 +221,9 @@ def page(record: dict[str, Any]) -> str:
         f"The 260K-parameter story model, {len(settings['sites'])} MLP matrices decomposed on its own samples in "
         f"{own['CPU-seconds']:.0f} CPU-seconds ({own['live']} live components, damage {own['damage']:.3f}). Components "
         f"are chosen on {settings['on']} occurrences of the word and {settings['off']} sequences, on which fine-tuning "
-        f"and LoRA are trained too; of their {2 * len(RATES)} settings the best on held-out sequences is shown, in their "
-        "favour. One seed; damage is the mean KL before other words in nats, +- its standard error over sequences.",
+        f"and LoRA are trained too; of their {2 * len(RATES)} settings the best on held-out sequences is shown, in "
+        "their favour. One seed; damage is the mean KL before other words in nats, +- its "
+        "standard error over sequences.",
     ]
     for name, one in record["words"].items():
         parts.append(
