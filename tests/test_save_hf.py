@@ -131,3 +131,29 @@ def test_a_wrapper_with_weights_of_its_own_is_refused(tmp_path: Path):
 def test_another_kind_of_model_is_refused(tmp_path: Path):
     with pytest.raises(TypeError, match="model is Linear and holds 0 transformers models, expected one"):
         wd.save_hf(nn.Linear(2, 2), tmp_path / "model")
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_loaded_directory_is_saved_whole(tmp_path: Path, tied: bool):
+    llama(tied).save_pretrained(tmp_path / "before")
+    model = wd.load_hf(tmp_path / "before")
+
+    wd.save_hf(model, tmp_path / "after")
+
+    again, inputs = loaded(tmp_path / "after"), ids(11, 3, 6)
+    assert torch.allclose(again(inputs).logits, model(inputs), rtol=1e-5, atol=1e-5)
+    assert again.config.tie_word_embeddings == tied
+
+
+@torch.no_grad()
+def test_folded_norms_untie_the_head_and_are_saved_so(tmp_path: Path):
+    llama(tied=True).save_pretrained(tmp_path / "before")
+    inputs = ids(11, 3, 6)
+    model = wd.fold_norms(wd.load_hf(tmp_path / "before"), inputs)
+
+    wd.save_hf(model, tmp_path / "after")
+
+    again = wd.load_hf(tmp_path / "after")
+    assert torch.allclose(again(inputs), model(inputs), rtol=1e-5, atol=1e-5)
+    assert not again.config.tie_word_embeddings

@@ -1,3 +1,5 @@
+import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,7 +12,7 @@ from torch.testing import assert_close
 import weightdecomp as wd
 from tests.models import Calls, drawn, ids, mlp, seeded
 from weightdecomp._sites import find_sites
-from weightdecomp._split import Split, SplitAttention, split
+from weightdecomp._split import Split, SplitAttention, split, unsplit
 
 ROWS = [("q", 4), ("k", 2), ("v", 2)]
 
@@ -211,3 +213,31 @@ def test_a_split_model_decomposes_by_the_names_of_its_parts(quick: None):
 
     assert [site.path for site in found.sites] == ["transformer.h.0.attn.c_attn.v"]
     assert found.component("transformer.h.0.attn.c_attn.v", 0).weight.shape == (16, 16)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_parts_go_back_into_the_matrix_that_they_came_from(family: str):
+    model = of_family(family)
+
+    again = unsplit(split(model))
+
+    assert_close(dict(again.state_dict()), dict(model.state_dict()), rtol=0, atol=0)
+    assert [type(m) for m in again.modules()] == [type(m) for m in model.modules()]
+    assert unsplit(model) is model
+
+
+@torch.no_grad()
+def test_a_changed_part_is_saved_in_its_matrix(tmp_path: Path):
+    pytest.importorskip("transformers")
+    from tests.hf_models import saved
+
+    saved("gpt2", tmp_path / "before")
+    model, x = copy.deepcopy(split(wd.load_hf(tmp_path / "before"))), ids(61, 6, 7)
+    model.get_submodule("transformer.h.1.attn.c_attn.k").weight.zero_()
+
+    wd.save_hf(model, tmp_path / "after")
+
+    after = wd.load_hf(tmp_path / "after")
+    assert_close(after(x), model(x), rtol=1e-5, atol=1e-5)
+    assert not after.get_submodule("transformer.h.1.attn.c_attn").weight[:, 16:32].any()

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from weightdecomp._pretrained import Pretrained
+from weightdecomp._split import unsplit
 from weightdecomp._storage import digest
 
 
@@ -19,10 +21,12 @@ def save_hf(model: nn.Module, directory: str | Path) -> None:
     """Write a transformers model, such as an edited one, as a directory that `from_pretrained` loads.
 
     The model is read back from the directory and compared with what was given before it is put in place. Weights that
-    an edit has untied are saved as untied. Tokenizer files are not the model's; copy them beside it.
+    an edit has untied are saved as untied, and what `split` took apart is saved as one matrix. Tokenizer files are not
+    the model's; copy them beside it.
 
     Args:
-        model: A transformers `PreTrainedModel`, or a module that wraps one and has no weights of its own.
+        model: A transformers `PreTrainedModel`, what `load_hf` returned, or a module that wraps one and has no weights
+            of its own.
         directory: A new or an empty directory.
 
     Raises:
@@ -32,7 +36,7 @@ def save_hf(model: nn.Module, directory: str | Path) -> None:
         ModuleNotFoundError: If transformers is not installed.
         OSError: If the directory cannot be written.
     """
-    inner, path = _pretrained(model), Path(directory)
+    inner, path = _pretrained(unsplit(model)), Path(directory)
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise ValueError(f"'{path}' is not an empty directory; choose a new or an empty one")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -58,6 +62,8 @@ def _pretrained(model: nn.Module) -> Any:
         raise ModuleNotFoundError(
             "saving a Hugging Face directory needs transformers, which is not installed: pip install 'weightdecomp[hf]'"
         ) from error
+    if isinstance(model, Pretrained):
+        return model.inner
     found = {name: module for name, module in model.named_modules() if isinstance(module, PreTrainedModel)}
     outer = [
         name

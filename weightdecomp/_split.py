@@ -18,9 +18,16 @@ class Split(nn.Module):
     """A linear map as one `nn.Linear` for each named part, with the outputs in the fused map's order."""
 
     order: Tensor | None
+    _shell: nn.Module
 
-    def __init__(self, weight: Float[Tensor, "d_out d_in"], bias: Float[Tensor, " d_out"] | None, rows: Rows) -> None:
+    def __init__(self, whole: Any, rows: Rows) -> None:
         super().__init__()
+        weight, bias = matrix(whole), whole.bias
+        assert weight is not None
+        shell = copy.copy(whole)
+        shell._parameters = {}
+        # Hidden from torch, for which it would be a part without weights.
+        object.__setattr__(self, "_shell", shell)
         owner = [name for name, size in rows for _ in range(size)]
         index = {name: torch.tensor([i for i, own in enumerate(owner) if own == name]) for name, _ in rows}
         for name, own in index.items():
@@ -33,6 +40,19 @@ class Split(nn.Module):
         """The fused map's output."""
         parts = torch.cat([part(x) for part in self.children()], -1)
         return parts if self.order is None else parts[..., self.order]
+
+    def whole(self) -> nn.Module:
+        """The parts' present weights as one module of the kind that was split."""
+        parts: Any = list(self.children())
+        order = slice(None) if self.order is None else self.order
+        weight = torch.cat([part.weight for part in parts])[order]
+        fused: Any = copy.copy(self._shell)
+        stored = weight if isinstance(fused, nn.Linear) else weight.T.contiguous()
+        fused._parameters = {"weight": nn.Parameter(stored, requires_grad=weight.requires_grad), "bias": None}
+        if parts[0].bias is not None:
+            bias = torch.cat([part.bias for part in parts])[order]
+            fused._parameters["bias"] = nn.Parameter(bias, requires_grad=bias.requires_grad)
+        return fused
 
 
 class SplitAttention(nn.Module):
@@ -127,10 +147,25 @@ def split(model: nn.Module, rows: Mapping[str, Rows] | None = None) -> nn.Module
             "split: no fused matrix of a known layout in this model; name its rows, as in "
             "{'*.qkv': [('q', 64), ('k', 64), ('v', 64)]} (--split '*.qkv=q:64,k:64,v:64')"
         )
-    for path, module in found.items():
+    return _with(twin, found).train(model.training)
+
+
+def unsplit(model: nn.Module) -> nn.Module:
+    """The model with its split matrices in one piece again, as in its checkpoint; attention of torch stays split."""
+    if not any(isinstance(module, Split) for module in model.modules()):
+        return model
+    twin = sharing_copy(model)
+    with torch.no_grad():
+        found = {path: module.whole() for path, module in twin.named_modules() if isinstance(module, Split)}
+    return _with(twin, found).train(model.training)
+
+
+def _with(model: nn.Module, modules: Mapping[str, nn.Module]) -> nn.Module:
+    """The model itself, with other modules at some paths."""
+    for path, module in modules.items():
         parent, _, name = path.rpartition(".")
-        setattr(twin.get_submodule(parent), name, module)
-    return twin.train(model.training)
+        setattr(model.get_submodule(parent), name, module)
+    return model
 
 
 def sharing_copy(model: nn.Module) -> nn.Module:
@@ -148,7 +183,7 @@ def _asked(model: nn.Module, rows: Mapping[str, Rows]) -> Iterator[tuple[str, nn
             raise ValueError(f"split: no linear module at {pattern!r}; did you mean one of {near}?")
         for path in paths:
             _check(path, own, linear[path])
-            yield path, _split(linear[path], own)
+            yield path, Split(linear[path], own)
 
 
 def _check(path: str, rows: Rows, module: nn.Module) -> None:
@@ -170,12 +205,6 @@ def _check(path: str, rows: Rows, module: nn.Module) -> None:
         raise ValueError(f"split of {path!r}: a part cannot be called {taken[0]!r}; use a word such as 'q'")
 
 
-def _split(module: Any, rows: Rows) -> Split:
-    fused = matrix(module)
-    assert fused is not None
-    return Split(fused, module.bias, rows)
-
-
 def matrix(module: Any) -> Tensor | None:
     """The matrix (d_out, d_in) of a linear module."""
     if isinstance(module, nn.Linear):
@@ -193,7 +222,7 @@ def _known(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             layout = _LAYOUTS.get((type(module).__name__, name))
             # Layers that read another sequence have matrices of other layouts under the same names.
             if layout is not None and not getattr(module, "is_cross_attention", False):
-                yield f"{path}.{name}".lstrip("."), _split(child, layout(module))
+                yield f"{path}.{name}".lstrip("."), Split(child, layout(module))
 
 
 def _per_head(n_heads: int, d_head: int) -> Rows:
