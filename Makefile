@@ -29,6 +29,7 @@ bench: $(INSTALLED)
 	$(RUN) -m benchmarks.graphs
 	$(RUN) -m benchmarks.bilinear
 	$(RUN) -m benchmarks.traps --quick
+	$(RUN) -m benchmarks.editing
 
 clean:
 	rm -rf $(VENV) demo build dist *.egg-info .pytest_cache .ruff_cache .hypothesis benchmarks/.cache

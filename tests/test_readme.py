@@ -7,6 +7,7 @@ import pytest
 import torch
 
 README = Path(__file__).parent.parent / "README.md"
+DOCS = sorted((README.parent / "docs").glob("*.md"))
 
 
 def example(heading: str) -> str:
@@ -27,6 +28,8 @@ def test_the_examples_of_the_engine_run_one_after_the_other(tmp_path: Path, monk
     assert torch.isfinite(names["logits"]).all()
     assert (tmp_path / "decomposition" / "decomposition.json").exists()
 
+    exec(example("## Editing"), names | {"torch": torch})
+
     exec(example("## Beside activation-based methods"), names)
 
     assert [row.method for row in names["comparison"].rows][1:] == ["neurons", "pca", "nmf", "svd", "sae topk"]
@@ -37,6 +40,19 @@ def test_the_examples_of_the_engine_run_one_after_the_other(tmp_path: Path, monk
     assert len(names["small"]) < len(names["graph"])
 
 
-def test_every_file_that_it_links_is_there():
-    for target in re.findall(r"\]\(([^)#]+)\)", README.read_text()):
-        assert (README.parent / target).exists(), target
+@pytest.mark.parametrize("page", DOCS, ids=lambda page: page.name)
+def test_the_examples_of_a_page_run_one_after_the_other(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    blocks = re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
+    names: dict = {}
+
+    for block in blocks:
+        exec(block, names)
+
+    assert blocks
+
+
+@pytest.mark.parametrize("page", [README, *DOCS], ids=lambda page: page.name)
+def test_every_file_that_a_page_links_is_there(page: Path):
+    for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
+        assert target.startswith("http") or (page.parent / target).exists(), target

@@ -1,0 +1,48 @@
+"""The editing benchmarks run from end to end, and their arithmetic is right."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import editing_digits, editing_monitor
+from benchmarks.planted import Backdoored
+
+pytestmark = pytest.mark.filterwarnings("ignore::weightdecomp.NumericalWarning")
+
+
+def test_every_method_is_measured_on_a_class(tmp_path: Path):
+    pytest.importorskip("sklearn")
+    pytest.importorskip("matplotlib")
+
+    editing_digits.run(tmp_path, smoke=True)
+
+    records = json.loads((tmp_path / "digits.json").read_text())["records"]
+    assert {one["method"] for one in records} == {
+        *("components, any site", "components, hidden sites", "fine-tuning", "LoRA, rank 1"),
+        *("random components, any site", "random components, hidden sites"),
+    }
+    assert all(0 <= x <= 1 for one in records for x in one["by class"]["class accuracy"])
+    assert "LoRA, rank 1" in (tmp_path / "digits.md").read_text()
+    assert (tmp_path / "digits.svg").exists()
+
+
+def test_the_planted_backdoor_acts_where_it_says(tmp_path: Path):
+    model = Backdoored(3)
+    x, truth = model.inputs(500, 0)
+
+    with torch.no_grad():
+        extra = model(x)[:, 0] - (x @ model.basis)[:, 0]
+
+    assert torch.equal(extra > 1e-4, truth & (extra > 1e-4))
+    assert 0.04 < truth.double().mean() < 0.1
+    assert float(extra[~truth].abs().max()) < 1e-4
+
+
+def test_the_calibrated_level_parts_what_can_be_parted(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(editing_monitor, "strength", lambda watch, images: images)
+
+    level = editing_monitor.calibrated(None, torch.tensor([3.0, 5.0, 4.0]), torch.tensor([0.5, 2.0]))  # type: ignore[arg-type]
+
+    assert level == 2.5
