@@ -79,6 +79,7 @@ def test_every_kind_of_model_is_tuned(name: str, rank: int | None):
 
     found = tuned(one.model, lambda run: run(one.batch).square().mean(), rank=rank, steps=3, rate=1e-2)
 
+    @torch.no_grad()
     def loss(model: nn.Module) -> float:
         inputs = one.batch if isinstance(one.batch, tuple | dict) else (one.batch,)
         output = model(**inputs) if isinstance(inputs, dict) else model(*inputs)
