@@ -43,7 +43,7 @@ def spread(values: Sequence[float]) -> Spread:
 
 def provenance() -> dict[str, Any]:
     """Commit, versions, machine and date: what a figure depends on besides the code that names it."""
-    changed = _git("status", "--porcelain", "--", "weightdecomp", "bilinear", "benchmarks/*.py")
+    changed = _git("status", "--porcelain", "--", "weightdecomp", "bilinear", "graphs", "benchmarks/*.py")
     return {
         "commit": _git("rev-parse", "HEAD"),
         "uncommitted_changes": bool(changed),

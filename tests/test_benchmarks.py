@@ -175,10 +175,14 @@ def test_a_table_of_methods_has_medians_with_ranges_and_reasons_below():
     assert lines[-1] == "- none: no rows"
 
 
-def test_the_recall_model_is_the_same_for_the_same_seed_and_learns():
-    one, accuracy = recall.trained(0, steps=100)
-    other, _ = recall.trained(0, steps=100)
+def test_the_recall_model_is_the_same_for_the_same_seed():
+    one, other = (recall.trained(0, steps=5)[0] for _ in range(2))
 
     assert all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True))
-    # Guessing among the five tokens before it would be .2.
-    assert accuracy > 0.3
+
+
+def test_the_recall_model_learns():
+    _, accuracy = recall.trained(0, steps=300)
+
+    # Guessing among the five tokens of the sequence would be .2.
+    assert accuracy > 0.35
