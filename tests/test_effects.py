@@ -101,14 +101,28 @@ def test_sensitivities_of_a_shared_module_count_the_way_through_its_later_calls(
     expected = [torch.zeros_like(one[0]) for one in found]
     probe = _effects._probe("mse", record.output, torch.Generator().manual_seed(0))
     weight = target.model.mix.weight.detach().clone()
-    for share in _effects._PATH:
+    points = _effects._POINTS[0]
+    for share in ((i + 0.5) / points for i in range(points)):
         outputs.clear()
         target.model.mix.weight.data = share * weight
         projection = (target.model(target.batch) * probe).sum()
         for total, grad in zip(expected, torch.autograd.grad(projection, outputs), strict=True):
-            total += grad / len(_effects._PATH)
+            total += grad / points
     handle.remove()
     assert_close([one[0] for one in found], expected)
+
+
+def test_neurons_that_only_most_of_the_contribution_switches_on_have_their_effects():
+    """The first midpoints see no gradient at all: more are taken until they account for the change."""
+    model = seeded(nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 1))).double()
+    x = drawn(9, 4, seed=2)
+    with torch.no_grad():
+        model[0].bias[:] = -0.96 * (x @ model[0].weight.T).amax(0)
+    pieces = rank_one_pieces(model[0].weight.detach(), torch.eye(6).double())
+
+    found = estimated(model, x, "0", pieces)
+
+    assert_close(found, measured(model, x, "0", pieces), rtol=0.3, atol=1e-9)
 
 
 def test_a_neuron_that_only_the_whole_contribution_switches_on_is_never_free_to_close():

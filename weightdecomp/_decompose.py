@@ -188,11 +188,12 @@ def _parts(pieces: Mapping[str, Pieces], gated: Gated, names: Mapping[str, str])
 
 
 def _outcome(
-    gated: Gated, steps: int, starts: Mapping[str, Start], tolerance: float, spent: float, null: float
+    gated: Gated, steps: int, starts: Mapping[str, Start], tolerance: float, spent: float, null: float | None
 ) -> Outcome:
     dense = value_bits(tolerance) * sum(_rank(start) for start in starts.values())
-    compresses = spent < _CHEAPER * null
-    against = f"{spent:.2f} bits per bit of behaviour, {null:.2f} with random directions"
+    compresses = null is None or spent < _CHEAPER * null
+    random = "random directions do nothing" if null is None else f"{null:.2f} with random directions"
+    against = f"{spent:.2f} bits per bit of behaviour, {random}"
     verdict = f"compresses: {against}" if compresses else f"nothing compresses: {against}; claim no mechanisms"
     converged = gated.damage <= tolerance
     relation = "within" if converged else "above"

@@ -80,7 +80,7 @@ class Outcome:
         compresses: Whether the components cost clearly less per bit of behaviour than those of random weights.
         verdict: That finding in words.
         effort: Bits of the starts per bit of the behaviour that the weights make.
-        null_effort: The same for weights of the same norms in random directions.
+        null_effort: The same for weights of the same norms in random directions; None where these do nothing at all.
         ledger: Bits of the run's sample.
         dense_bits: Bits per input with every rank of every site always active.
         steps: Refinement steps that were kept.
@@ -92,7 +92,7 @@ class Outcome:
     compresses: bool
     verdict: str
     effort: float
-    null_effort: float
+    null_effort: float | None
     ledger: Ledger
     dense_bits: float
     steps: int

@@ -11,7 +11,7 @@ from weightdecomp._config import Config
 from weightdecomp._divergence import Divergence, output_tensor
 from weightdecomp._fit import chosen_start
 from weightdecomp._ledger import behaviour_bits
-from weightdecomp._sample import Sample, taken, without
+from weightdecomp._sample import NoEffect, Sample, taken, without
 from weightdecomp._sites import Site, bound_site, put_weight
 
 _DRAWS = 2  # random models
@@ -56,8 +56,10 @@ def null_effort(
     tolerance: float,
     config: Config,
     seed: int,
-) -> float:
+) -> float | None:
     """Mean effort of random models at the same tolerance: what architecture and data alone would cost.
+
+    None where no random model does anything, so that none has a cost: thresholds that only trained weights reach.
 
     A network that learnt nothing costs as much per bit of its behaviour as another random one; only what is cheaper
     than that is a mechanism. Source: ours.
@@ -68,7 +70,10 @@ def null_effort(
     found = []
     for _ in range(_DRAWS):
         twin, twins = redrawn(model, sites, rng)
-        sample = taken(twin, some, twins, divergence, max(1, config.sample // 2), rng)
+        try:
+            sample = taken(twin, some, twins, divergence, max(1, config.sample // 2), rng)
+        except NoEffect:
+            continue
         starts = [chosen_start(twin, sample, site, divergence, tolerance, config) for site in twins]
         found.append(effort(twin, sample, twins, sum(start.bits for start in starts), tolerance))
-    return sum(found) / len(found)
+    return sum(found) / len(found) if found else None

@@ -60,6 +60,10 @@ def ablated_entirely(
         return divergence(without(model, batch, sites), target)
 
 
+class NoEffect(ValueError):
+    """Nothing is to be decomposed: ablating the sites changes no output, or none that a gradient shows."""
+
+
 def taken(
     model: nn.Module,
     batches: Sequence[Batch],
@@ -71,7 +75,8 @@ def taken(
     """Record the target on about `rows` rows of the inputs.
 
     Raises:
-        ValueError: If ablating everything changes nothing, so that no damage can be measured.
+        NoEffect: If ablating everything changes nothing, so that no damage can be measured.
+        ValueError: For outputs that are not finite.
     """
     whole, held = _held_out(joined(batches))
     largest = max(whole, key=size)
@@ -88,13 +93,13 @@ def taken(
             "batches; check the inputs' scale, or pass other sites="
         )
     if not nothing > 0:
-        raise ValueError(
+        raise NoEffect(
             f"ablating {paths} altogether does not change the output on the given batches: nothing to decompose; "
             "pass inputs on which these weights matter, or other sites="
         )
     sensitivity = {site.path: sensitivities(model, batch, site, record, divergence.name, rng) for site in sites}
     if not any(calls.any() for site in sites for calls in sensitivity[site.path]):
-        raise ValueError(
+        raise NoEffect(
             f"ablating {paths} changes the output, but the output has no gradient at them; call decompose outside of "
             "torch.inference_mode(), and take torch.no_grad() and rounding (argmax) out of the model's forward"
         )
