@@ -13,10 +13,12 @@ from weightdecomp._config import Config
 from weightdecomp._divergence import Divergence
 from weightdecomp._effects import Trade, effects, highest_price, opened
 from weightdecomp._forward import Masks, inner_activations, masked, recorded
+from weightdecomp._independent import independent
 from weightdecomp._ledger import Ledger, price, value_bits, wires
 from weightdecomp._pieces import Pieces
 from weightdecomp._sample import Sample, ablated_entirely, site_rows
 from weightdecomp._sites import Site
+from weightdecomp._spans import span_start
 from weightdecomp._starts import Reach, exemplar_start, exemplars, plain_starts
 
 _ROUNDS = 10  # bisections of the price
@@ -78,6 +80,12 @@ def chosen_start(
             name = f"exemplars {n} at {family.agreement}"
             portfolio[name] = exemplar_start(reach, family.directions[:n])
             held[name], falls[name] = family.directions[:n], fall
+    directions = independent(rows @ reach.basis)
+    if directions is not None and len(directions) <= most:
+        portfolio["independent"], held["independent"] = exemplar_start(reach, directions), directions
+    spans = span_start(reach, rows @ reach.basis)
+    if spans is not None:
+        portfolio["spans"], held["spans"] = spans
     spent = {name: _spent(model, sample, site, pieces, divergence, tolerance) for name, pieces in portfolio.items()}
     size = rows.square().mean(0).sqrt()
     work = {name: _work(portfolio[name], size, *one, tolerance) for name, one in spent.items()}
@@ -131,7 +139,7 @@ def _work(pieces: Pieces, size: Float[Tensor, " d_in"], frequency: Tensor, bits:
     no more than ones that each do one thing.
     """
     held = 1 - tolerance
-    moved = frequency * (wires(pieces.v * size, held) + wires(pieces.u, held))
+    moved = frequency[pieces.owner] * (wires(pieces.v * size, held) + wires(pieces.u, held))
     return bits + float(moved.sum()) * value_bits(tolerance)
 
 
