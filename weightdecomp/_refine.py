@@ -150,7 +150,7 @@ class Refiner:
         """Sources in the shape of the activations: the pool's for the first inputs, random ones for the rest."""
         found = torch.empty_like(like)
         rows = pool[group, :-1]
-        found[: len(group)] = rows.reshape(len(group), *[1] * (like.ndim - 2), -1)
+        found[: len(group)] = rows.reshape(len(group), *[1] * (like.ndim - 2), rows.shape[-1])
         self.ablation.processes.uniform_(found[len(group) :], *others, self.rng)
         return found
 
