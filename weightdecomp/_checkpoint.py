@@ -1,7 +1,7 @@
 """Checkpoints: a run's progress on disk, so that a killed run ends where an unbroken one would."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,7 @@ class Checkpoint:
         self.tensors: dict[str, Tensor] = {}
         self.document: dict[str, Any] = {}
         self._written, self._cost = time.monotonic(), 0.0
+        self._processes = processes
         self._writes = self.directory is not None and processes.index == 0
         if self.directory is not None:
             self.tensors, self.document = processes.from_first(self._opened)
@@ -59,17 +60,32 @@ class Checkpoint:
                 "choose an empty folder, or repeat that run's call to resume it"
             )
 
-    def keep(self, tensors: Mapping[str, Tensor], document: Mapping[str, Any], now: bool = False) -> None:
-        """Add to what is kept, and write it to disk when due (or at once)."""
+    def keep(
+        self,
+        tensors: Mapping[str, Tensor],
+        document: Mapping[str, Any],
+        now: bool = False,
+        state: Callable[[], Mapping[str, Tensor]] = dict,
+    ) -> None:
+        """Add to what is kept, and write it to disk when due (or at once); `state` is asked for more to write then."""
         self.tensors |= tensors
         self.document |= document
-        due = time.monotonic() - self._written > max(_LEAST, self._cost / _SHARE)
-        if self._writes and (now or due):
+        if not now and not self._due():
+            return
+        self.tensors |= state()
+        if self._writes:
             assert self.directory is not None
             started = time.monotonic()
             _storage.write(self.directory, _KIND, self.tensors, {**self.document, "key": self.key})
             self._written = time.monotonic()
             self._cost = self._written - started
+
+    def _due(self) -> bool:
+        """Whether it is time to write, by the clock of the process that writes."""
+        if self.directory is None:
+            return False
+        due = time.monotonic() - self._written > max(_LEAST, self._cost / _SHARE)
+        return bool(self._processes.total(int(self._writes and due)))
 
     def under(self, prefix: str) -> dict[str, Tensor]:
         """Kept tensors whose name begins with a prefix, by the rest of their names."""
