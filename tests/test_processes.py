@@ -40,7 +40,7 @@ import torch
 
 import weightdecomp as wd
 from tests.models import QUICK, Calls, drawn, ids, mlp, seeded, sparse
-from weightdecomp._processes import Processes, job
+from weightdecomp._processes import Processes, job, local
 
 
 def model():
@@ -83,6 +83,10 @@ def exchanged(group):
     assert processes.total(len(own)) == 7
     assert processes.columns(own).equal(every.tensor_split(processes.n, -1)[processes.index])
     assert processes.columns(own[..., :1]).shape == (7, 3, int(processes.index == 0))
+    parts = processes.sharded(every.clone()).requires_grad_()
+    assert local(parts).equal(every.tensor_split([3, 6])[processes.index]) and processes.whole(parts).equal(every)
+    (slope,) = torch.autograd.grad((processes.whole(parts) * (processes.index + 1)).sum(), [parts])
+    assert local(slope).equal(torch.full_like(local(parts), 6))  # 1 + 2 + 3, summed where the rows are
     assert processes.rows(own).equal(torch.cat([every[i :: processes.n] for i in range(processes.n)]))
     for first in range(4):
         whole = torch.rand(7 - first, 3, generator=torch.Generator().manual_seed(first))

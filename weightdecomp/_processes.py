@@ -77,7 +77,7 @@ class Processes:
         if self.alone:
             return list(found)
         total = torch.cat([x.flatten() for x in found])
-        with _exchange():
+        with exchange():
             dist.all_reduce(total, group=self.group)
         parts = total.split([x.numel() for x in found])
         return [part.reshape(x.shape).to(x.dtype) for part, x in zip(parts, found, strict=True)]
@@ -91,6 +91,27 @@ class Processes:
         total, count = self.sums([total, total.new_tensor(float(n))])
         return (total / count).to(x.dtype)
 
+    def sharded(self, x: Tensor) -> Tensor:
+        """The tensor with some of its rows in every process (a DTensor)."""
+        if self.group is None or self.alone:
+            return x
+        from torch.distributed.device_mesh import DeviceMesh  # these bring half of torch along
+        from torch.distributed.tensor import Shard, distribute_tensor
+
+        mesh = DeviceMesh.from_group(self.group, x.device.type)
+        with exchange():
+            return distribute_tensor(x, mesh, [Shard(0)])
+
+    def whole(self, x: Tensor) -> Tensor:
+        """All rows of a sharded tensor; gradients sum over processes, each row's in the process that has it."""
+        if self.alone:
+            return x
+        from torch.distributed.tensor import DTensor, Partial
+
+        assert isinstance(x, DTensor)
+        with exchange():
+            return x.full_tensor(grad_placements=[Partial()])
+
     def total(self, n: int) -> int:
         """Sum of a count over all processes."""
         return n if self.alone else int(self.sum(torch.tensor(n)))
@@ -103,7 +124,7 @@ class Processes:
         shape = parts[self.index].shape[1:]
         width = math.prod(shape)
         found = x.new_empty(sum(counts) * width)
-        with _exchange():
+        with exchange():
             dist.all_to_all_single(
                 found,
                 torch.cat([part.flatten() for part in parts]),
@@ -124,7 +145,7 @@ class Processes:
         padded = x.new_zeros(max(counts), *x.shape[1:])
         padded[: len(x)] = x
         found = [torch.empty_like(padded) for _ in counts]
-        with _exchange():
+        with exchange():
             dist.all_gather(found, padded, group=self.group)
         return torch.cat([one[:n] for one, n in zip(found, counts, strict=True)])
 
@@ -139,7 +160,7 @@ class Processes:
             plain = {name: x.detach().cpu().contiguous() for name, x in (tensors or {}).items()}
             parts = [safetensors.torch.save(plain), json.dumps(document).encode()]
         sizes = torch.tensor([len(part) for part in parts])
-        with _exchange():
+        with exchange():
             dist.broadcast(sizes, group=self.group, group_src=source)
             data = torch.zeros(int(sizes.sum()), dtype=torch.uint8)
             if self.index == source:
@@ -183,7 +204,7 @@ class Processes:
 
     def _counts(self, n: int) -> list[int]:
         counts = [torch.zeros(1, dtype=torch.long) for _ in range(self.n)]
-        with _exchange():
+        with exchange():
             dist.all_gather(counts, torch.tensor([n]), group=self.group)
         return [int(one) for one in counts]
 
@@ -192,8 +213,13 @@ ALONE = Processes()
 """One process that makes the whole run."""
 
 
+def local(x: Tensor) -> Tensor:
+    """The rows of a sharded tensor that are in this process, to be changed in place; of other tensors all."""
+    return getattr(x, "to_local", lambda: x)()
+
+
 @contextmanager
-def _exchange() -> Iterator[None]:
+def exchange() -> Iterator[None]:
     """Name what a failed exchange means."""
     try:
         yield

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
@@ -16,7 +17,7 @@ from weightdecomp._forward import Masks, Record, inner_activations, recorded
 from weightdecomp._frame import Frame
 from weightdecomp._gate import gated
 from weightdecomp._pieces import Pieces
-from weightdecomp._processes import Processes
+from weightdecomp._processes import Processes, exchange, local
 
 _POOL = 8  # source vectors that the adversary keeps, each shared by a part of the batch
 _ASCENT = 0.1  # sign step of the adversary, from the same gradient as the refinement
@@ -51,9 +52,11 @@ class Refiner:
         self.ablation, self.frames, self.config, self.rng = ablation, frames, config, rng
         self.nothing = nothing
         moving = {path: own for path, own in ablation.pieces.items() if frames[path].moves}
-        self.reduced = {path: _leaves(frames[path].reduced(own)) for path, own in moving.items()}
-        self.factors = [x for own in self.reduced.values() for x in (own.v, own.u)]
-        self.rates = [config.rate * _size(x) for x in self.factors]
+        reduced = {path: frames[path].reduced(own) for path, own in moving.items()}
+        self.rates = [config.rate * _size(x) for own in reduced.values() for x in (own.v, own.u)]
+        # Of several processes each keeps some pieces of every site, with their moments.
+        self.reduced = {path: _leaves(own, ablation.processes) for path, own in reduced.items()}
+        self.factors = [x for own in self.reduced.values() for x in own[:2]]
         self.moments = [(torch.zeros_like(x), torch.zeros_like(x), torch.zeros(())) for x in self.factors]
         self.sources = drawn_sources(ablation, _POOL, rng)
 
@@ -62,7 +65,9 @@ class Refiner:
 
         The correction is part of what is differentiated, so that a step never spends itself on breaking the sum.
         """
-        moved = {path: self.frames[path].lifted(self.frames[path].exact(own)) for path, own in self.reduced.items()}
+        moved, whole = {}, self.ablation.processes.whole
+        for path, (v, u, owner) in self.reduced.items():
+            moved[path] = self.frames[path].lifted(self.frames[path].exact(Pieces(whole(v), whole(u), owner)))
         return {**self.ablation.pieces, **moved}
 
     def detached(self) -> dict[str, Pieces]:
@@ -93,10 +98,10 @@ class Refiner:
             part = size(batch) / n  # so that losses of several processes sum to the loss of the whole batch
             loss = part * (per_input.mean() + price * open_gates)
             zeros = not processes.alone  # a sum over processes has no gaps
-            grads = torch.autograd.grad(loss, self.factors + leaves, allow_unused=True, materialize_grads=zeros)
-        grads = processes.sums(grads)
+            with nullcontext() if processes.alone else exchange():
+                grads = torch.autograd.grad(loss, self.factors + leaves, allow_unused=True, materialize_grads=zeros)
         self._descend(grads[: len(self.factors)], step)
-        self._ascend(grads[len(self.factors) :])
+        self._ascend(processes.sums(grads[len(self.factors) :]))
         hit = per_input.detach()
         split = len(group)
         active = processes.sum(part * open_gates.detach())
@@ -163,7 +168,7 @@ class Refiner:
                 # The functional form: the class imports torch's compiler, which takes longer than a small run.
                 with torch.no_grad():
                     adam(
-                        [factor], [grad], [mean], [square], [], [count],
+                        [local(factor)], [local(grad)], [local(mean)], [local(square)], [], [count],
                         amsgrad=False, beta1=0.9, beta2=0.99, lr=rate * (0.05 + 0.95 * decay),
                         weight_decay=0.0, eps=1e-12, maximize=False,
                     )  # fmt: skip
@@ -180,26 +185,28 @@ class Refiner:
 
     def state(self) -> dict[str, Tensor]:
         """Everything that the next step depends on, by name."""
-        found = {f"factor.{i}": x.detach() for i, x in enumerate(self.factors)}
+        whole = self.ablation.processes.whole
+        found = {f"factor.{i}": whole(x.detach()) for i, x in enumerate(self.factors)}
         found |= {f"source.{path}": x.detach() for path, x in self.sources.items()}
-        for i, moments in enumerate(self.moments):
-            found |= {f"moment.{i}.{k}": value for k, value in enumerate(moments)}
+        for i, (mean, square, count) in enumerate(self.moments):
+            found |= {f"moment.{i}.0": whole(mean), f"moment.{i}.1": whole(square), f"moment.{i}.2": count}
         return found | {"rng": self.rng.get_state()}
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
         """Continue from a saved state."""
+        sharded = self.ablation.processes.sharded
         with torch.no_grad():
-            for i, x in enumerate(self.factors):
-                x.copy_(state[f"factor.{i}"])
-                for k, value in enumerate(self.moments[i]):
-                    value.copy_(state[f"moment.{i}.{k}"])
+            for i, (x, (mean, square, count)) in enumerate(zip(self.factors, self.moments, strict=True)):
+                for own, name in ((x, f"factor.{i}"), (mean, f"moment.{i}.0"), (square, f"moment.{i}.1")):
+                    local(own).copy_(local(sharded(state[name].to(own.device))))
+                count.copy_(state[f"moment.{i}.2"])
         self.sources = {path: state[f"source.{path}"].clone() for path in self.sources}
         self.rng.set_state(state["rng"])
 
 
-def _leaves(pieces: Pieces) -> Pieces:
+def _leaves(pieces: Pieces, processes: Processes) -> Pieces:
     """Copies that gradients can be taken of, apart from the pieces that a rejected round falls back to."""
-    v, u = (x.detach().clone().requires_grad_() for x in pieces[:2])
+    v, u = (processes.sharded(x.detach().clone()).requires_grad_() for x in pieces[:2])
     return Pieces(v, u, pieces.owner)
 
 
