@@ -80,7 +80,7 @@ def stored(values: Any) -> int:
 
 def worked(smoke: bool, counting: bool, processes: Processes) -> dict[str, Any]:
     """All stages in this process."""
-    d, inputs = (16, 16) if smoke else (128, 128)
+    d, inputs = (16, 16) if smoke else (128, 64)
     config = Config(sample=inputs * POSITIONS // 2, batch=inputs // 2)
     with torch.random.fork_rng():
         torch.random.manual_seed(0)
