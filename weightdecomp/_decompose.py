@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from weightdecomp._attack import Ablation
@@ -35,9 +36,10 @@ from weightdecomp._frame import Frame, frame
 from weightdecomp._ledger import value_bits
 from weightdecomp._null import effort, null_effort
 from weightdecomp._pieces import Pieces
+from weightdecomp._processes import Processes, ProcessLost
 from weightdecomp._progress import Progress
-from weightdecomp._rounds import refined
-from weightdecomp._sample import Sample, taken
+from weightdecomp._rounds import Refined, refined
+from weightdecomp._sample import Sample, dealt, taken
 from weightdecomp._sites import Site, find_sites
 from weightdecomp._storage import digest as weights_digest
 
@@ -60,6 +62,7 @@ def decompose(
     config: Config | None = None,
     on_step: Callable[[int, dict[str, float]], None] | None = None,
     progress: bool = True,
+    group: dist.ProcessGroup | None = None,
 ) -> Decomposition:
     """Decompose a trained model's weights into components with gates, and these into circuits.
 
@@ -75,6 +78,9 @@ def decompose(
         config: Settings; the defaults serve every task.
         on_step: Called after every step with the step number and each measured term.
         progress: Show a progress bar with the time left, on a terminal's stderr.
+        group: Processes that all make this same call, inputs included, and share the work; None for this one alone.
+            The result, which all return, is one process's up to the rounding of sums. Tensors on the CPU and those on
+            the model's device must both have a backend in it, as `torch.distributed.init_process_group()` chooses.
 
     Returns:
         The decomposition. If the tolerance could not be met, `converged` is False, with the reason.
@@ -82,6 +88,7 @@ def decompose(
     Raises:
         ValueError: For inputs, models, patterns or settings that cannot work, naming the argument and the fix.
         TypeError: For arguments of a wrong kind.
+        ProcessLost: If another process of the group has ended.
 
     Source:
         Components, masks and adversary after SPD (arXiv 2506.20790) and VPD (Goodfire 2026); starts, gates and
@@ -91,26 +98,34 @@ def decompose(
     kept, metric = checked(model, batches, tolerance, divergence)
     found, skipped = find_sites(model, kept[0], sites)
     key = _run_key(model, kept, found, tolerance, metric, seed, config)
-    saved = Checkpoint(checkpoint, key)
+    processes = Processes(group)
+    processes.agree(key)
+    if config.batch < processes.n:
+        raise ValueError(f"config.batch is {config.batch}, less than one input for each of {processes.n} processes")
+    saved = Checkpoint(checkpoint, key, processes)
     rng = torch.Generator(device=tensors(kept[0])[0].device).manual_seed(seed)
-    bar = Progress(len(found) + config.steps + 2, on_step, progress)
+    bar = Progress(len(found) + config.steps + 2, on_step, progress and processes.index == 0)
     with bar, _resumable(checkpoint):
         bar.now("recording")
-        sample = taken(model, kept, found, metric, config.sample, rng)
-        starts = {site.path: _start(bar, saved, model, sample, site, metric, tolerance, config) for site in found}
-        ablation = Ablation(model, found, {path: start.pieces for path, start in starts.items()}, metric, {})
+        sample = taken(model, kept, found, metric, config.sample, rng, processes)
+        starts = _starts(bar, saved, model, sample, found, metric, tolerance, config, processes)
+        spent = effort(model, sample, found, sum(start.bits for start in starts.values()), tolerance)
+        sample = dealt(sample, model, found, processes)
+        pieces = {path: start.pieces for path, start in starts.items()}
+        ablation = Ablation(model, found, pieces, metric, {}, processes)
         frames = {site.path: _frame(site, starts[site.path]) for site in found}
         best = refined(ablation, frames, sample, tolerance, config, seed, bar, saved)
         bar.now("null")
-        spent = effort(model, sample, found, sum(start.bits for start in starts.values()), tolerance)
-        null = null_effort(model, sample.batches, found, metric, tolerance, config, seed)
-    parts = _parts(best.ablation.pieces, best.gated, {path: start.name for path, start in starts.items()})
+        null = null_effort(model, sample.batches, found, metric, tolerance, config, seed, processes)
+        on = {path: processes.rows(rows.byte()) > 0 for path, rows in activity(best.gated.importances).items()}
+        frequency = frequencies(best.gated.importances, processes)
+    parts = _parts(best, frequency, starts)
     outcome = _outcome(best.gated, best.steps, starts, tolerance, spent, null)
     if not outcome.converged:
         warnings.warn(outcome.reason, NumericalWarning, stacklevel=2)
     ranks = {path: part.pieces.ranks() for path, part in parts.items()}
     shapes = {site.path: site.shape for site in found}
-    groups = grouped(activity(best.gated.importances), ranks, shapes, tolerance)
+    groups = grouped(on, ranks, shapes, tolerance)
     return Decomposition(model, found, skipped, parts, metric, tolerance, config, outcome, *groups)
 
 
@@ -137,37 +152,52 @@ def _run_key(
 
 @contextmanager
 def _resumable(checkpoint: str | Path | None) -> Iterator[None]:
-    """Say how to go on after Ctrl-C."""
+    """Say how to go on after Ctrl-C, and after another process was lost."""
+    again = f"progress is in {str(checkpoint)!r}: repeat the same call to resume"
     try:
         yield
+    except ProcessLost as error:
+        hint = f"{again}, on any number of processes" if checkpoint is not None else "the run had no checkpoint="
+        raise ProcessLost(f"{error}; {hint}") from error
     except KeyboardInterrupt:
         if checkpoint is None:
             raise
-        raise KeyboardInterrupt(
-            f"interrupted; progress is in {str(checkpoint)!r}: repeat the same call to resume"
-        ) from None
+        raise KeyboardInterrupt(f"interrupted; {again}") from None
 
 
-def _start(
+def _starts(
     bar: Progress,
     saved: Checkpoint,
     model: nn.Module,
     sample: Sample,
-    site: Site,
+    sites: Sequence[Site],
     divergence: Divergence,
     tolerance: float,
     config: Config,
-) -> Start:
-    """The start of one site, from the checkpoint where it is there already."""
-    bar.now(f"start of {site.path or 'the model'}")
-    prefix = f"start|{site.path}|"
-    if not saved.under(prefix):
-        start = chosen_start(model, sample, site, divergence, tolerance, config)
-        names = {**saved.document.get("starts", {}), site.path: [start.name, start.bits, start.work]}
-        # Contiguous as when read back from disk, since sums over another layout round differently (R1).
-        found = {name: x.contiguous() for name, x in {**start.pieces._asdict(), **start.origin}.items()}
-        saved.keep({prefix + name: x for name, x in found.items()}, {"starts": names})
-    values = {name: x.to(site.weight.device) for name, x in saved.under(prefix).items()}
+    processes: Processes,
+) -> dict[str, Start]:
+    """The start of every site, from the checkpoint where it is there already; processes make theirs side by side."""
+    for first in range(0, len(sites), processes.n):
+        turn = sites[first : first + processes.n]
+        made, document = dict[str, Tensor](), None
+        for site in processes.own(turn):
+            bar.now(f"start of {site.path or 'the model'}", len(turn))
+            if not saved.under(f"start|{site.path}|"):
+                start = chosen_start(model, sample, site, divergence, tolerance, config)
+                # Contiguous as when read back from disk, since sums over another layout round differently (R1).
+                made = {name: x.contiguous() for name, x in {**start.pieces._asdict(), **start.origin}.items()}
+                document = [start.name, start.bits, start.work]
+        for source, site in enumerate(turn):
+            if not saved.under(f"start|{site.path}|"):
+                found, known = processes.sent(source, made, document)
+                names = {**saved.document.get("starts", {}), site.path: known}
+                saved.keep({f"start|{site.path}|{name}": x for name, x in found.items()}, {"starts": names})
+    return {site.path: _start(saved, site) for site in sites}
+
+
+def _start(saved: Checkpoint, site: Site) -> Start:
+    """The start of one site as it was kept."""
+    values = {name: x.to(site.weight.device) for name, x in saved.under(f"start|{site.path}|").items()}
     pieces = Pieces(values["v"], values["u"], values["owner"])
     name, bits, work = saved.document["starts"][site.path]
     origin = {name: values[name] for name in ("basis", "power", "held")}
@@ -178,12 +208,11 @@ def _frame(site: Site, start: Start) -> Frame:
     return frame(**start.origin, matrix=site.matrix(), pieces=start.pieces)
 
 
-def _parts(pieces: Mapping[str, Pieces], gated: Gated, names: Mapping[str, str]) -> dict[str, Parts]:
-    """Components, most frequent first at every site."""
+def _parts(best: Refined, frequency: Mapping[str, Tensor], starts: Mapping[str, Start]) -> dict[str, Parts]:
+    """Components of every site."""
     found = {}
-    frequency = frequencies(gated.importances)
-    for path, own in pieces.items():
-        found[path] = Parts(own.balanced(), gated.thresholds[path], frequency[path], names[path])
+    for path, own in best.ablation.pieces.items():
+        found[path] = Parts(own.balanced(), best.gated.thresholds[path], frequency[path], starts[path].name)
     return found
 
 

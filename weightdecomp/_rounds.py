@@ -76,11 +76,14 @@ def refined(
                 break
         # One write for all that a step changed: a run resumed between two would mix two steps.
         changed |= {f"gates|{path}": x for path, x in thresholds.items()}
-        changed |= {f"refiner|{name}": x for name, x in refiner.state().items()}
         state = {"step": step + 1, "kept_steps": best.steps, "failed": failed, "price": price, "near": near}
-        saved.keep(changed, state)
-    saved.keep({}, {"finished": True}, now=True)
+        saved.keep(changed, state, state=lambda: _refiner_state(refiner))
+    saved.keep({}, {"finished": True}, now=True, state=lambda: _refiner_state(refiner))
     return best
+
+
+def _refiner_state(refiner: Refiner) -> dict[str, torch.Tensor]:
+    return {f"refiner|{name}": x for name, x in refiner.state().items()}
 
 
 def _on_device(found: Mapping[str, torch.Tensor], like: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
