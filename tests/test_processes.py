@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import psutil
@@ -16,7 +17,7 @@ from torch.testing import assert_close
 
 import weightdecomp as wd
 from tests.models import mlp, sparse
-from weightdecomp import _checkpoint
+from weightdecomp import __main__, _checkpoint
 from weightdecomp._processes import ALONE, Processes
 
 pytestmark = [
@@ -27,7 +28,7 @@ pytestmark = [
     ),
 ]
 
-STEPS = 200
+STEPS = 60
 COMMAND = ["-m", "weightdecomp", "decompose", "--model", "together:model", "--data", "together:inputs"]
 COMMAND += ["--steps", str(STEPS), "--no-progress"]
 
@@ -40,6 +41,7 @@ import torch
 
 import weightdecomp as wd
 from tests.models import QUICK, Calls, drawn, ids, mlp, seeded, sparse
+from weightdecomp import _checkpoint, _fit, _null
 from weightdecomp._processes import Processes, job, local
 
 
@@ -74,7 +76,7 @@ def refused(group):
 
 
 def exchanged(group):
-    processes, every = Processes(group), drawn(7, 3, 5)
+    processes, every = Processes(group, shard=True), drawn(7, 3, 5)
     own = processes.own(every)
     assert len(own) == processes.count(7) and own.equal(every[processes.indices(7)])
     torch.testing.assert_close(processes.sum(own.sum(0)), every.sum(0))
@@ -98,9 +100,24 @@ def exchanged(group):
     assert document == {"a": 1} and found["x"].equal(every) and found["none"].shape == (0, 3, 5)
 
 
+def sharded(group, checkpoint):
+    _fit.REVIEW, _fit._SCOUT, _fit._ROUNDS, _null._DRAWS = (4, 1, 64), (2, 1, 64), 4, 1
+    _checkpoint._LEAST, _checkpoint._SHARE = 0.0, 1e9
+    call = {"config": wd.Config(steps=20, sample=256, batch=32, rounds=2), "progress": False}
+    found = wd.decompose(model(), inputs(), group=group, shard=True, checkpoint=checkpoint, **call)
+    again = wd.decompose(model(), inputs(), group=group, shard=True, checkpoint=checkpoint, **call)
+    alone = wd.decompose(model(), inputs(), **call)
+    assert alone.outcome.steps > 0, "no round of refinement was kept"
+    for path, parts in alone.parts.items():
+        for one in (found, again):
+            for x, y in zip((*one.parts[path].pieces, one.parts[path].thresholds), (*parts.pieces, parts.thresholds)):
+                torch.testing.assert_close(x, y, rtol=1e-8, atol=1e-10)
+
+
 if __name__ == "__main__":
     with job() as group:
         exchanged(group)
+        sharded(group, sys.argv[1] + ".run")
         told = "\\n".join(refused(group))
         open(f"{sys.argv[1]}.{torch.distributed.get_rank()}", "w").write(told)
 """
@@ -167,40 +184,45 @@ def assert_same(found: wd.Decomposition, expected: wd.Decomposition) -> None:
     assert numbers[0] == pytest.approx(numbers[1], rel=1e-8)
 
 
-@pytest.mark.parametrize("n", [2, pytest.param(3, marks=pytest.mark.slow)])
-def test_several_processes_find_what_one_finds(n: int, folder: Path, alone: wd.Decomposition, tmp_path: Path):
-    """R1; and they save and print once."""
+@pytest.mark.parametrize(
+    ("n", "words"), [(2, []), *(pytest.param(n, ["--shard"], marks=pytest.mark.slow) for n in (2, 3))]
+)
+def test_several_processes_find_what_one_finds(
+    n: int, words: list[str], folder: Path, alone: wd.Decomposition, tmp_path: Path
+):
+    """R2; and they save and print once."""
     assert alone.outcome.steps > 0, "no round of refinement was kept"
 
-    code, output, errors = ended(started(folder, n, *COMMAND, "--out", str(tmp_path / "out"), "--json"))
+    code, output, errors = ended(started(folder, n, *COMMAND, *words, "--out", str(tmp_path / "out"), "--json"))
 
     assert code == (0 if alone.converged else 1), errors
     assert json.loads(output)["steps"] == alone.outcome.steps
     assert_same(wd.load(tmp_path / "out", mlp(torch.float64)), alone)
 
 
+@pytest.mark.parametrize("shard", [[], pytest.param(["--shard"], marks=pytest.mark.slow)])
 def test_a_run_of_one_process_goes_on_with_two(
-    folder: Path, alone: wd.Decomposition, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    shard: list[str], folder: Path, alone: wd.Decomposition, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    """R1."""
+    """R2."""
     monkeypatch.setattr(_checkpoint, "_LEAST", 0.0)
     monkeypatch.setattr(_checkpoint, "_SHARE", 1e9)
     with pytest.raises(KeyboardInterrupt, match="repeat the same call to resume"):
         decomposed(tmp_path / "run", stop=STEPS // 2)
     assert kept(tmp_path / "run").get("step") == STEPS // 2
 
-    words = ["--checkpoint", str(tmp_path / "run"), "--out", str(tmp_path / "out")]
+    words = [*shard, "--checkpoint", str(tmp_path / "run"), "--out", str(tmp_path / "out")]
     _, _, errors = ended(started(folder, 2, *COMMAND, *words))
 
     assert (tmp_path / "out").exists(), errors
     assert_same(wd.load(tmp_path / "out", mlp(torch.float64)), alone)
 
 
-@pytest.mark.parametrize("killed", [0, 1])
+@pytest.mark.parametrize("killed", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_a_killed_process_ends_the_job_and_another_number_goes_on(
     killed: int, folder: Path, alone: wd.Decomposition, tmp_path: Path
 ):
-    """R1: a real SIGKILL of one of two processes between two steps."""
+    """R2: a real SIGKILL of one of two processes between two steps."""
     run, out = tmp_path / "run", tmp_path / "out"
     process = started(folder, 2, *COMMAND, "--checkpoint", str(run), "--out", str(out))
     while not kept(run).get("step"):
@@ -245,13 +267,13 @@ def test_processes_exchange_what_one_process_has_and_refuse_what_cannot_be_share
         assert line.startswith(expected)
 
 
-def test_other_verbs_want_one_process(folder: Path):
-    verify = ["-m", "weightdecomp", "verify", "nowhere", "--model", "together:model", "--data", "together:inputs"]
+def test_other_verbs_want_one_process(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    monkeypatch.setattr(__main__, "job", lambda: nullcontext(object()))
 
-    code, _, errors = ended(started(folder, 2, *verify))
+    code = __main__.main(["verify", "nowhere", "--model", "together:model", "--data", "together:inputs"])
 
-    assert code == 1
-    assert "only decompose runs on several processes; start this verb with python -m weightdecomp" in errors
+    assert code == 2
+    assert "only decompose runs on several processes; start this verb with python -m" in capsys.readouterr().err
 
 
 def test_one_process_exchanges_nothing(quick: None, monkeypatch: pytest.MonkeyPatch):

@@ -77,6 +77,7 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--sites", action="append", metavar="PATTERN", help="module paths, as in layers.*; repeatable")
     run.add_argument("--divergence", default="auto", metavar="NAME", help=_DIVERGENCE)
     run.add_argument("--checkpoint", type=Path, metavar="DIR", help="keep progress there; repeat to resume")
+    run.add_argument("--shard", action="store_true", help=_SHARD)
     check = _verb(verbs, "verify", _verify, "attack a saved decomposition on inputs it has not seen")
     check.add_argument("directory", type=Path, metavar="DIR", help="what `decompose --out` wrote")
     add_model(check)
@@ -141,6 +142,7 @@ def _decompose(given: argparse.Namespace, group: dist.ProcessGroup | None = None
         config=_config(given),
         progress=not given.no_progress,
         group=group,
+        shard=given.shard,
     )
     if Processes(group).index:
         return 0
@@ -331,6 +333,7 @@ def _plain(value: Any) -> Any:
 
 
 _ABOUT = "Decompose a trained PyTorch checkpoint's weights into circuits, and attack the result."
+_SHARD = "under torchrun: keep only a share of the components in each process, for less memory and more traffic"
 _DIVERGENCE = "auto, mse, kl, or a function of yours as package.module:name (auto)"
 _FILES = "file to write, repeatable; its suffix says how: html json graphml gexf cyjs dot ct.json"
 _LARGEST = "largest damage under attack, as a share of ablating everything (%(default)s)"

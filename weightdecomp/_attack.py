@@ -72,9 +72,8 @@ def drawn_sources(ablation: Ablation, groups: int, rng: torch.Generator) -> Sour
     """Uniform sources, one row a group of inputs."""
     found = {}
     for site in ablation.sites:
-        v = ablation.pieces[site.path].v
-        shape = (groups, ablation.pieces[site.path].n + 1)
-        found[site.path] = torch.rand(shape, generator=rng, device=v.device, dtype=v.dtype)
+        own = ablation.pieces[site.path]
+        found[site.path] = torch.rand(groups, own.n + 1, generator=rng, device=own.v.device, dtype=own.v.dtype)
     return found
 
 

@@ -22,7 +22,7 @@ class Checkpoint:
     what is kept: any number of processes goes on from it.
 
     Attributes:
-        tensors: What was last saved or loaded.
+        tensors: What was last loaded, and in the process that writes also what was saved.
         document: The same, for plain values.
     """
 
@@ -68,13 +68,14 @@ class Checkpoint:
         state: Callable[[], Mapping[str, Tensor]] = dict,
     ) -> None:
         """Add to what is kept, and write it to disk when due (or at once); `state` is asked for more to write then."""
-        self.tensors |= tensors
         self.document |= document
-        if not now and not self._due():
-            return
-        self.tensors |= state()
         if self._writes:
-            assert self.directory is not None
+            self.tensors |= tensors
+        if self.directory is None or not (now or self._due()):
+            return
+        changed = state()
+        if self._writes:
+            self.tensors |= changed
             started = time.monotonic()
             _storage.write(self.directory, _KIND, self.tensors, {**self.document, "key": self.key})
             self._written = time.monotonic()
@@ -82,10 +83,13 @@ class Checkpoint:
 
     def _due(self) -> bool:
         """Whether it is time to write, by the clock of the process that writes."""
-        if self.directory is None:
-            return False
         due = time.monotonic() - self._written > max(_LEAST, self._cost / _SHARE)
         return bool(self._processes.total(int(self._writes and due)))
+
+    def forget(self) -> None:
+        """Let go of what was loaded, in processes that will not write it again."""
+        if not self._writes:
+            self.tensors = {}
 
     def under(self, prefix: str) -> dict[str, Tensor]:
         """Kept tensors whose name begins with a prefix, by the rest of their names."""

@@ -34,13 +34,15 @@ class Processes:
     Attributes:
         n: How many there are.
         index: Which one this is, from 0.
+        shards: Whether each keeps only a share of the components.
     """
 
-    def __init__(self, group: dist.ProcessGroup | None = None) -> None:
+    def __init__(self, group: dist.ProcessGroup | None = None, shard: bool = False) -> None:
         """The members of a process group, or this process alone."""
         self.group = group
         self.n = 1 if group is None else dist.get_world_size(group)
         self.index = 0 if group is None else dist.get_rank(group)
+        self.shards = shard and not self.alone
 
     @property
     def alone(self) -> bool:
@@ -92,8 +94,8 @@ class Processes:
         return (total / count).to(x.dtype)
 
     def sharded(self, x: Tensor) -> Tensor:
-        """The tensor with some of its rows in every process (a DTensor)."""
-        if self.group is None or self.alone:
+        """The tensor with some of its rows in every process (a DTensor), where processes shard."""
+        if self.group is None or not self.shards:
             return x
         from torch.distributed.device_mesh import DeviceMesh  # these bring half of torch along
         from torch.distributed.tensor import Shard, distribute_tensor
@@ -104,7 +106,7 @@ class Processes:
 
     def whole(self, x: Tensor) -> Tensor:
         """All rows of a sharded tensor; gradients sum over processes, each row's in the process that has it."""
-        if self.alone:
+        if not self.shards:
             return x
         from torch.distributed.tensor import DTensor, Partial
 

@@ -18,6 +18,8 @@ from weightdecomp._frame import Frame
 from weightdecomp._gate import gated
 from weightdecomp._pieces import Pieces
 from weightdecomp._processes import Processes, exchange, local
+from weightdecomp._sharded import OnDemand, applied, stored
+from weightdecomp._sites import Site
 
 _POOL = 8  # source vectors that the adversary keeps, each shared by a part of the batch
 _ASCENT = 0.1  # sign step of the adversary, from the same gradient as the refinement
@@ -51,28 +53,36 @@ class Refiner:
         """Start from the ablation's pieces."""
         self.ablation, self.frames, self.config, self.rng = ablation, frames, config, rng
         self.nothing = nothing
-        moving = {path: own for path, own in ablation.pieces.items() if frames[path].moves}
-        reduced = {path: frames[path].reduced(own) for path, own in moving.items()}
-        self.rates = [config.rate * _size(x) for own in reduced.values() for x in (own.v, own.u)]
-        # Of several processes each keeps some pieces of every site, with their moments.
-        self.reduced = {path: _leaves(own, ablation.processes) for path, own in reduced.items()}
+        moving = [path for path in ablation.pieces if frames[path].moves]
+        self.reduced, self.rates = dict[str, Pieces](), list[float]()
+        for path in moving:
+            reduced = frames[path].reduced(ablation.pieces[path])
+            self.rates += [config.rate * _size(x) for x in reduced[:2]]
+            self.reduced[path] = _leaves(reduced, ablation.processes)
         self.factors = [x for own in self.reduced.values() for x in own[:2]]
         self.moments = [(torch.zeros_like(x), torch.zeros_like(x), torch.zeros(())) for x in self.factors]
         self.sources = drawn_sources(ablation, _POOL, rng)
 
-    def pieces(self) -> dict[str, Pieces]:
+    def pieces(self) -> Mapping[str, Pieces]:
         """The components as they are now, exact by construction, in the sites' own coordinates.
 
         The correction is part of what is differentiated, so that a step never spends itself on breaking the sum.
         """
-        moved, whole = {}, self.ablation.processes.whole
-        for path, (v, u, owner) in self.reduced.items():
-            moved[path] = self.frames[path].lifted(self.frames[path].exact(Pieces(whole(v), whole(u), owner)))
-        return {**self.ablation.pieces, **moved}
+        made = OnDemand(self.ablation.pieces, self._whole)
+        return made if self.ablation.processes.shards else dict(made)
 
-    def detached(self) -> dict[str, Pieces]:
+    def _whole(self, path: str) -> Pieces:
+        """All components of one site."""
+        if path not in self.reduced:
+            return self.ablation.pieces[path]
+        whole, own = self.ablation.processes.whole, self.reduced[path]
+        return self.frames[path].lifted(self.frames[path].exact(Pieces(whole(own.v), whole(own.u), own.owner)))
+
+    @torch.no_grad()
+    def detached(self) -> Mapping[str, Pieces]:
         """The components as they are now, as plain tensors that later steps leave alone."""
-        return {path: Pieces(_plain(own.v), _plain(own.u), own.owner) for path, own in self.pieces().items()}
+        plain = ((path, Pieces(_plain(own.v), _plain(own.u), own.owner)) for path, own in self.pieces().items())
+        return stored(plain, self.ablation.processes)
 
     def step(self, batch: Batch, thresholds: Mapping[str, Tensor], step: int, price: float) -> Terms:
         """One gradient step on one batch, one ascent step of the adversary, and back to the exact sum.
@@ -100,8 +110,11 @@ class Refiner:
             zeros = not processes.alone  # a sum over processes has no gaps
             with nullcontext() if processes.alone else exchange():
                 grads = torch.autograd.grad(loss, self.factors + leaves, allow_unused=True, materialize_grads=zeros)
+        # Gradients of what is sharded are sums over all processes already.
+        n_summed = len(self.factors) if processes.shards else 0
+        grads = [*grads[:n_summed], *processes.sums(grads[n_summed:])]
         self._descend(grads[: len(self.factors)], step)
-        self._ascend(processes.sums(grads[len(self.factors) :]))
+        self._ascend(grads[len(self.factors) :])
         hit = per_input.detach()
         split = len(group)
         active = processes.sum(part * open_gates.detach())
@@ -133,11 +146,10 @@ class Refiner:
         spared[: len(group)] = False
         masks, counts = {}, []
         for column, site in enumerate(sites):
-            path, own = site.path, pieces[site.path]
+            path = site.path
             whole, pool = spared[:, column].nonzero()[:, 0], self.sources[path]
             masks[path] = []
-            for inner in inner_activations(record, site, own):
-                a = own.activations(inner)
+            for a in applied(pieces, path, lambda own, site=site: _activations(record, site, own)):
                 # Rows of a table do not belong to single inputs: their sources are random.
                 own_rows = len(a) == len(spared)
                 some = group if own_rows else group[:0]
@@ -202,6 +214,10 @@ class Refiner:
                 count.copy_(state[f"moment.{i}.2"])
         self.sources = {path: state[f"source.{path}"].clone() for path in self.sources}
         self.rng.set_state(state["rng"])
+
+
+def _activations(record: Record, site: Site, own: Pieces) -> list[Float[Tensor, "*batch component"]]:
+    return [own.activations(inner) for inner in inner_activations(record, site, own)]
 
 
 def _leaves(pieces: Pieces, processes: Processes) -> Pieces:
