@@ -1,11 +1,14 @@
 """What a run costs on one and on two processes: operations, CPU time, memory and stored bytes of every stage.
 
-A language model of random weights is decomposed stage by stage, as `decompose` does, by jobs of one and of two
-processes that torchrun starts on this machine. Operations are counted by torch's own counter, in a run apart from the
-timed one; both are those of the busiest process.
+A language model of random weights is decomposed stage by stage, as `decompose` does, by jobs of one process, of two,
+and of two that shard their components, which torchrun starts on this machine. Operations are counted by torch's own
+counter, in a run apart from the timed one; both are those of the busiest process.
 """
 
 import argparse
+import ctypes
+import ctypes.util
+import gc
 import json
 import os
 import subprocess
@@ -36,16 +39,18 @@ from benchmarks.speed import Transformer
 from weightdecomp import Config
 from weightdecomp._attack import Ablation
 from weightdecomp._divergence import choose
-from weightdecomp._fit import Gatekeeper, chosen_start
+from weightdecomp._fit import Gatekeeper, Start, chosen_start
 from weightdecomp._forward import recorded
-from weightdecomp._frame import frame
+from weightdecomp._frame import Frame, frame
+from weightdecomp._pieces import Pieces
 from weightdecomp._processes import Processes, job, local
 from weightdecomp._refine import Refiner
 from weightdecomp._sample import dealt, taken
-from weightdecomp._sites import find_sites
+from weightdecomp._sharded import stored
+from weightdecomp._sites import Site, find_sites
 
 POSITIONS, VOCABULARY, TOLERANCE, STEPS = 32, 256, 0.02, 10
-COUNTS = (1, 2)
+JOBS = {"1": (1, False), "2": (2, False), "2 sharded": (2, True)}  # processes, and whether they shard
 
 
 class Meter:
@@ -58,6 +63,7 @@ class Meter:
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
         """Measure what is done inside."""
+        _trim()
         reset_peak()
         before, cpu, wall = resident_bytes(), time.process_time(), time.perf_counter()
         counter = FlopCounterMode(display=False) if self.counting else None
@@ -69,13 +75,21 @@ class Meter:
             self.stages[name] = {"operations": counter.get_total_flops()}
 
 
-def stored(values: Any) -> int:
+def _trim() -> None:
+    """Hand freed memory back to the system, so that what a stage takes next counts again."""
+    gc.collect()
+    trim = getattr(ctypes.CDLL(ctypes.util.find_library("c")), "malloc_trim", None)  # glibc has it
+    if trim is not None:
+        trim(0)
+
+
+def stored_bytes(values: Any) -> int:
     """Bytes of all tensors in nested tuples, lists and dicts, of sharded ones those in this process."""
     if isinstance(values, Tensor):
         return local(values).numel() * values.element_size()
     if isinstance(values, Mapping):
-        return stored(list(values.values()))
-    return sum(stored(one) for one in values) if isinstance(values, list | tuple) else 0
+        return stored_bytes(list(values.values()))
+    return sum(stored_bytes(one) for one in values) if isinstance(values, list | tuple) else 0
 
 
 def worked(smoke: bool, counting: bool, processes: Processes) -> dict[str, Any]:
@@ -97,41 +111,51 @@ def worked(smoke: bool, counting: bool, processes: Processes) -> dict[str, Any]:
         sample = taken(model, [tokens], sites, metric, config.sample, rng, processes)
     with meter.stage("starts"):
         own = {site.path: chosen_start(model, sample, site, metric, TOLERANCE, config) for site in processes.own(sites)}
-    sizes = {"sensitivities": stored(sample.sensitivity)}
-    frames, pieces = {}, {}
-    for index, site in enumerate(sites):
-        start = own.get(site.path)
-        tensors = {**start.pieces._asdict(), **start.origin} if start else None
-        found, _ = processes.sent(index % processes.n, tensors)
-        parts = type(next(iter(own.values())).pieces)(found["v"], found["u"], found["owner"])
-        origin = {name: found[name] for name in ("basis", "power", "exemplars")}
-        pieces[site.path], frames[site.path] = parts, frame(**origin, matrix=site.matrix(), pieces=parts)
+    sizes = {"sensitivities": stored_bytes(sample.sensitivity)}
+    frames = dict[str, Frame]()
+    pieces = stored(_exchanged(sites, own, frames, processes), processes)
     ablation = Ablation(model, sites, pieces, metric, {}, processes)
+    del own
+    shape = {"sites": len(sites), "weights": sum(site.matrix().numel() for site in sites)}
+    counts = {site.path: len(pieces[site.path].owner) for site in sites}
+    shape |= {"pieces": sum(counts.values()), "factor_numbers": sum(counts[s.path] * sum(s.shape) for s in sites)}
     sample = dealt(sample, model, sites, processes)
     with meter.stage("gates"):
         keeper = Gatekeeper(ablation, sample, TOLERANCE, 0)
         gated = keeper.gates()
-    sizes["sorted arms"] = stored([trade._arms for trade in keeper.trades.values()])
-    sizes["contributions"] = stored(keeper.sizes)
+    sizes["sorted arms"] = stored_bytes([trade._arms for trade in keeper.trades.values()])
+    sizes["contributions"] = stored_bytes(keeper.sizes)
     del keeper
     refiner = Refiner(ablation, frames, sample.nothing, config, rng)
     refiner.step(batch, gated.thresholds, 0, 0.01)
     with meter.stage("step"):
         for step in range(1, 2 if counting else 1 + STEPS):
             refiner.step(batch, gated.thresholds, step, 0.01)
-    sizes["factors and moments"] = stored([refiner.factors, refiner.moments])
-    counts = {"rows": config.sample, "held": len(sample.held) * processes.n * POSITIONS, "batch": batch.numel()}
-    numbers = [site.matrix().numel() for site in sites]
-    shape = {"sites": len(sites), "weights": sum(numbers), "pieces": sum(len(one.owner) for one in pieces.values())}
-    widths = sum(len(pieces[site.path].owner) * sum(site.shape) for site in sites)
-    return {"stages": meter.stages, "stored": sizes, "tokens": counts, **shape, "factor_numbers": widths}
+    sizes["factors and moments"] = stored_bytes([refiner.factors, refiner.moments])
+    tokens_in = {"rows": config.sample, "held": len(sample.held) * processes.n * POSITIONS, "batch": batch.numel()}
+    return {"stages": meter.stages, "stored": sizes, "tokens": tokens_in, **shape}
 
 
-def job_of(n: int, smoke: bool, counting: bool) -> dict[str, Any]:
+def _exchanged(
+    sites: Sequence[Site], own: Mapping[str, Start], frames: dict[str, Frame], processes: Processes
+) -> Iterator[tuple[str, Pieces]]:
+    """Components of every site, made by some process each, and their frames."""
+    for index, site in enumerate(sites):
+        start = own.get(site.path)
+        tensors = {**start.pieces._asdict(), **start.origin} if start else None
+        found, _ = processes.sent(index % processes.n, tensors)
+        pieces = Pieces(found["v"], found["u"], found["owner"])
+        origin = {name: found[name] for name in ("basis", "power", "held")}
+        frames[site.path] = frame(**origin, matrix=site.matrix(), pieces=pieces)
+        yield site.path, pieces
+
+
+def job_of(n: int, shard: bool, smoke: bool, counting: bool) -> dict[str, Any]:
     """What the busiest of n processes costs."""
     with tempfile.TemporaryDirectory() as directory:
         words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(n)]
-        words += ["-m", "benchmarks.processes", "--worker", directory, *["--smoke"] * smoke, *["--count"] * counting]
+        words += ["-m", "benchmarks.processes", "--worker", directory]
+        words += [*["--shard"] * shard, *["--smoke"] * smoke, *["--count"] * counting]
         subprocess.run(words, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=True)
         found = [json.loads((Path(directory) / str(i)).read_text()) for i in range(n)]
     worst = dict(found[0])
@@ -147,40 +171,50 @@ def _largest(values: Sequence[Any]) -> Any:
 
 
 def compared(smoke: bool) -> dict[str, Any]:
-    """Jobs of one and two processes, with where they were measured."""
+    """All jobs, with where they were measured."""
     jobs = {}
-    for n in COUNTS:
-        jobs[str(n)] = job_of(n, smoke, False)
-        for stage, cost in job_of(n, smoke, True)["stages"].items():
-            jobs[str(n)]["stages"][stage] |= cost
+    for name, (n, shard) in JOBS.items():
+        jobs[name] = job_of(n, shard, smoke, False)
+        for stage, cost in job_of(n, shard, smoke, True)["stages"].items():
+            jobs[name]["stages"][stage] |= cost
     return {"jobs": jobs, "steps": STEPS, "load": os.getloadavg(), "provenance": provenance()}
 
 
 def markdown(result: Mapping[str, Any]) -> str:
     """The tables of a result."""
-    one, two = (result["jobs"][str(n)] for n in COUNTS)
-    rows = []
-    for name, cost in one["stages"].items():
-        other = two["stages"][name]
-        figures: list[tuple[str, Callable[[dict], float]]] = [
-            ("{:.2f}", lambda x: x["operations"] / 1e9),
-            ("{:.2f}", lambda x: x["cpu_seconds"]),
-            ("{:.0f}", lambda x: x["peak_bytes"] / 2**20),
-        ]
-        rows.append([name, *(form.format(read(x)) for form, read in figures for x in (cost, other))])
-    head = ["stage", "Gflop, 1", "2", "CPU-s, 1", "2", "MiB, 1", "2"]
-    bytes_ = [[name, *(f"{x['stored'][name] / 2**20:.1f}" for x in (one, two))] for name in one["stored"]]
-    where, tokens = result["provenance"], one["tokens"]
-    legend = (
+    jobs = result["jobs"]
+    one = jobs["1"]
+    figures: dict[str, tuple[str, Callable[[dict], float]]] = {
+        "Gflop": ("{:.2f}", lambda x: x["operations"] / 1e9),
+        "CPU-s": ("{:.2f}", lambda x: x["cpu_seconds"]),
+        "MiB": ("{:.0f}", lambda x: x["peak_bytes"] / 2**20),
+    }
+    head = [f"{unit}, {name}" if name == "1" else name for unit in figures for name in jobs]
+    rows = [
+        [stage, *(form.format(read(job["stages"][stage])) for form, read in figures.values() for job in jobs.values())]
+        for stage in one["stages"]
+    ]
+    kept = [[name, *(f"{job['stored'][name] / 2**20:.1f}" for job in jobs.values())] for name in one["stored"]]
+    return f"{table(['stage', *head], rows)}\n\n{table(['stored, MiB', *jobs], kept)}\n\n{_legend(result)}\n"
+
+
+def _legend(result: Mapping[str, Any]) -> str:
+    one, where = result["jobs"]["1"], result["provenance"]
+    tokens, steps = one["tokens"], result["steps"]
+    speeds = [
+        f"{steps * tokens['batch'] / job['stages']['step']['wall_seconds']:,.0f} ({name})"
+        for name, job in result["jobs"].items()
+    ]
+    return (
         f"{one['sites']} sites of a transformer with {one['weights']:,} weights and {one['pieces']} pieces; "
         f"{tokens['rows']:,} tokens in the sample, {tokens['batch']:,} in a step. Figures of the busiest process of a "
-        f"job of one and of two. Operations: multiplications and additions in matrix products of one pass, or one "
-        f"step (torch's counter); CPU-seconds: process time, of {result['steps']} steps in the last row; MiB: peak "
-        f"resident memory above what was there before the stage.\n\n{where['machine']}, {where['cores']} cores, one "
-        f"thread a process, load {result['load'][0]:.1f} while measuring, torch {where['torch']}, "
-        f"{where['date'][:10]}, commit {where['commit'][:9]}."
+        f"job of one, of two, and of two that shard their components. Operations: multiplications and additions in "
+        f"matrix products of one pass, or one step (torch's counter); CPU-s: process time, of {steps} steps in the "
+        f"last row; MiB: peak resident memory above what was there before the stage. Tokens a second in steps: "
+        f"{', '.join(speeds)}.\n\n{where['machine']}, {where['cores']} cores, one thread a process, load "
+        f"{result['load'][0]:.1f} while measuring, torch {where['torch']}, {where['date'][:10]}, commit "
+        f"{where['commit'][:9]}."
     )
-    return f"{table(head, rows)}\n\n{table(['stored, MiB', '1', '2'], bytes_)}\n\n{legend}\n"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -188,11 +222,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.processes", description=__doc__)
     parser.add_argument("--smoke", action="store_true", help="a tiny target, in seconds; figures mean nothing")
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--shard", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--count", action="store_true", help=argparse.SUPPRESS)
     given = parser.parse_args(arguments)
     if given.worker:
         with job() as group:
-            processes = Processes(group)
+            processes = Processes(group, given.shard)
             write_json(given.worker / str(processes.index), worked(given.smoke, given.count, processes))
         return 0
     result = compared(given.smoke)
