@@ -1,8 +1,9 @@
 """What a run costs on one and on two processes: operations, CPU time, memory and stored bytes of every stage.
 
 A language model of random weights is decomposed stage by stage, as `decompose` does, by jobs of one process, of two,
-and of two that shard their components, which torchrun starts on this machine. Operations are counted by torch's own
-counter, in a run apart from the timed one; both are those of the busiest process.
+and of two that shard their components, which torchrun starts on this machine; then comes a step on wide matrices and
+few inputs, where components take more memory than activations. Operations and memory are measured in a run apart from
+the timed one; all are those of the busiest process.
 """
 
 import argparse
@@ -21,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.report import (
@@ -48,8 +49,10 @@ from weightdecomp._refine import Refiner
 from weightdecomp._sample import dealt, taken
 from weightdecomp._sharded import stored
 from weightdecomp._sites import Site, find_sites
+from weightdecomp._starts import Reach, svd_start
 
 POSITIONS, VOCABULARY, TOLERANCE, STEPS = 32, 256, 0.02, 10
+WIDE = 768
 JOBS = {"1": (1, False), "2": (2, False), "2 sharded": (2, True)}  # processes, and whether they shard
 
 
@@ -69,10 +72,11 @@ class Meter:
         counter = FlopCounterMode(display=False) if self.counting else None
         with counter or nullcontext():
             yield
-        cost = {"cpu_seconds": time.process_time() - cpu, "wall_seconds": time.perf_counter() - wall}
-        self.stages[name] = cost | {"peak_bytes": peak_bytes() - before}
         if counter:
-            self.stages[name] = {"operations": counter.get_total_flops()}
+            self.stages[name] = {"operations": counter.get_total_flops(), "peak_bytes": peak_bytes() - before}
+        else:
+            cost = {"cpu_seconds": time.process_time() - cpu, "wall_seconds": time.perf_counter() - wall}
+            self.stages[name] = cost
 
 
 def _trim() -> None:
@@ -132,8 +136,35 @@ def worked(smoke: bool, counting: bool, processes: Processes) -> dict[str, Any]:
         for step in range(1, 2 if counting else 1 + STEPS):
             refiner.step(batch, gated.thresholds, step, 0.01)
     sizes["factors and moments"] = stored_bytes([refiner.factors, refiner.moments])
+    sizes["the same, wide"] = _wide_step(meter, 16 if smoke else WIDE, processes)
     tokens_in = {"rows": config.sample, "held": len(sample.held) * processes.n * POSITIONS, "batch": batch.numel()}
     return {"stages": meter.stages, "stored": sizes, "tokens": tokens_in, **shape}
+
+
+def _wide_step(meter: Meter, d: int, processes: Processes) -> int:
+    """Measure a step on few inputs of eight wide matrices; returns the bytes that are kept from step to step."""
+    with torch.random.fork_rng():
+        torch.random.manual_seed(0)
+        model = nn.Sequential(*[layer for _ in range(8) for layer in (nn.Linear(d, d), nn.ReLU())]).eval()
+    rng = torch.Generator().manual_seed(0)
+    inputs = torch.randn(32, d, generator=rng)
+    sites, _ = find_sites(model, inputs)
+    frames = dict[str, Frame]()
+
+    def starts() -> Iterator[tuple[str, Pieces]]:
+        for site in sites:
+            reach = Reach(site.matrix(), torch.randn(2 * d, d, generator=rng))
+            pieces = svd_start(reach)
+            frames[site.path] = frame(reach.basis, reach.power, reach.basis[:0], site.matrix(), pieces)
+            yield site.path, pieces
+
+    metric = choose("mse", recorded(model, inputs, sites).output, False)
+    ablation = Ablation(model, sites, stored(starts(), processes), metric, {}, processes)
+    refiner = Refiner(ablation, frames, 1.0, Config(batch=len(inputs)), rng)
+    thresholds = {path: torch.full((2, own.n), 0.1) for path, own in ablation.pieces.items()}
+    with meter.stage("step, wide"):
+        refiner.step(inputs, thresholds, 1, 0.01)
+    return stored_bytes([refiner.factors, refiner.moments])
 
 
 def _exchanged(
@@ -156,7 +187,9 @@ def job_of(n: int, shard: bool, smoke: bool, counting: bool) -> dict[str, Any]:
         words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(n)]
         words += ["-m", "benchmarks.processes", "--worker", directory]
         words += [*["--shard"] * shard, *["--smoke"] * smoke, *["--count"] * counting]
-        subprocess.run(words, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=True)
+        # Large blocks from the system, and back to it at once, so that resident memory is what is in use.
+        memory = {"MALLOC_MMAP_THRESHOLD_": "65536"} if counting else {}
+        subprocess.run(words, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"} | memory, check=True)
         found = [json.loads((Path(directory) / str(i)).read_text()) for i in range(n)]
     worst = dict(found[0])
     for key in ("stages", "stored"):
@@ -207,13 +240,13 @@ def _legend(result: Mapping[str, Any]) -> str:
     ]
     return (
         f"{one['sites']} sites of a transformer with {one['weights']:,} weights and {one['pieces']} pieces; "
-        f"{tokens['rows']:,} tokens in the sample, {tokens['batch']:,} in a step. Figures of the busiest process of a "
-        f"job of one, of two, and of two that shard their components. Operations: multiplications and additions in "
-        f"matrix products of one pass, or one step (torch's counter); CPU-s: process time, of {steps} steps in the "
-        f"last row; MiB: peak resident memory above what was there before the stage. Tokens a second in steps: "
-        f"{', '.join(speeds)}.\n\n{where['machine']}, {where['cores']} cores, one thread a process, load "
-        f"{result['load'][0]:.1f} while measuring, torch {where['torch']}, {where['date'][:10]}, commit "
-        f"{where['commit'][:9]}."
+        f"{tokens['rows']:,} tokens in the sample, {tokens['batch']:,} in a step. The last row is one step on 32 "
+        f"inputs of eight matrices of {WIDE} x {WIDE}. Figures of the busiest process of a job of one, of two, and of "
+        f"two that shard their components. Operations: multiplications and additions in matrix products of one pass, "
+        f"or one step (torch's counter); CPU-s: process time, of {steps} steps in the row of steps; MiB: peak resident "
+        f"memory above what was there before the stage. Tokens a second in steps: {', '.join(speeds)}.\n\n"
+        f"{where['machine']}, {where['cores']} cores, one thread a process, load {result['load'][0]:.1f} while "
+        f"measuring, torch {where['torch']}, {where['date'][:10]}, commit {where['commit'][:9]}."
     )
 
 
