@@ -30,6 +30,7 @@ bench: $(INSTALLED)
 	$(RUN) -m benchmarks.bilinear
 	$(RUN) -m benchmarks.traps --quick
 	$(RUN) -m benchmarks.editing
+	$(RUN) -m benchmarks.processes
 
 clean:
 	rm -rf $(VENV) demo build dist *.egg-info .pytest_cache .ruff_cache .hypothesis benchmarks/.cache

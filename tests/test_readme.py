@@ -8,6 +8,7 @@ import torch
 
 README = Path(__file__).parent.parent / "README.md"
 DOCS = sorted((README.parent / "docs").glob("*.md"))
+EXAMPLES = [page for page in DOCS if "```python" in page.read_text()]
 
 
 def example(heading: str) -> str:
@@ -40,7 +41,7 @@ def test_the_examples_of_the_engine_run_one_after_the_other(tmp_path: Path, monk
     assert len(names["small"]) < len(names["graph"])
 
 
-@pytest.mark.parametrize("page", DOCS, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", EXAMPLES, ids=lambda page: page.name)
 def test_the_examples_of_a_page_run_one_after_the_other(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
@@ -48,8 +49,6 @@ def test_the_examples_of_a_page_run_one_after_the_other(page: Path, tmp_path: Pa
 
     for block in blocks:
         exec(block, names)
-
-    assert blocks
 
 
 @pytest.mark.parametrize("page", [README, *DOCS], ids=lambda page: page.name)

@@ -207,3 +207,19 @@ def test_a_round_that_does_not_pay_leaves_the_components_of_the_last_one_that_di
     keep = {path: torch.ones(parts.pieces.n) for path, parts in decomposition.parts.items()}
     with torch.no_grad():
         assert_close(decomposition.ablate(sparse(64, 5), keep), mlp()(sparse(64, 5)), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore::weightdecomp.NumericalWarning")
+def test_steps_without_an_attacked_input_work_at_sites_with_positions(quick: None):
+    model, seen = mlp(), list[float]()
+    config = wd.Config(steps=2, sample=64, batch=16, adversarial=0.0)
+
+    wd.decompose(
+        model,
+        [sparse(192, 5).reshape(64, 3, 5)],
+        config=config,
+        progress=False,
+        on_step=lambda step, terms: seen.append(terms["adversarial"]),
+    )
+
+    assert seen == [0.0, 0.0]

@@ -291,8 +291,8 @@ def test_a_folder_with_something_else_is_refused(tmp_path: Path):
         wd.decompose(mlp(), [sparse(64, 5)], checkpoint=tmp_path, progress=False)
 
 
-def test_kept_values_are_found_by_their_prefix():
-    saved = Checkpoint(None, KEY)
+def test_kept_values_are_found_by_their_prefix(tmp_path: Path):
+    saved = Checkpoint(tmp_path, KEY)
 
     saved.keep({"start|0|v": torch.ones(1), "start|01|v": torch.zeros(1)}, {"step": 1}, now=True)
 

@@ -1,7 +1,9 @@
 """The command line: `python -m weightdecomp demo | decompose | verify | graph`; each verb is one call of the API.
 
-Exit codes: 0; 1 if the tolerance was not met (decompose and verify); 2 for a mistake in what was given;
-130 for Ctrl-C.
+`torchrun --nproc-per-node N -m weightdecomp decompose ...` is the same command on N processes.
+
+Exit codes: 0; 1 if the tolerance was not met (decompose and verify); 2 for a mistake in what was given; 3 if another
+process of the same job has ended; 130 for Ctrl-C.
 """
 
 import argparse
@@ -16,18 +18,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from tqdm import tqdm
 
 from weightdecomp import Config, Decomposition, NumericalWarning, decompose, load
 from weightdecomp._batches import select, size
 from weightdecomp._given import add_model, model_and_batches
 from weightdecomp._loading import loaded_divergence
+from weightdecomp._processes import Processes, ProcessLost, job
 from weightdecomp._storage import check_vacant
 from weightdecomp._verification import Verification
 
 # What a user's own mistakes raise; anything else is a defect of ours and keeps its traceback.
 _MISTAKES = (ValueError, TypeError, OSError, ImportError)
-_UNMET, _MISTAKE, _INTERRUPTED = 1, 2, 130
+_UNMET, _MISTAKE, _LOST, _INTERRUPTED = 1, 2, 3, 130
 _TOLERANCE = inspect.signature(decompose).parameters["tolerance"].default
 _DEMO_DAMAGE = 0.1  # of the demo's circuit graph, with all else ablated in the worst way found
 _ATTACK = 1280  # steps of the longest attack, unless given
@@ -37,13 +41,22 @@ def main(words: Sequence[str] | None = None) -> int:
     """Run one verb and return its exit code; `words` are the command's, without its name."""
     given = _parser().parse_args(words)
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), job() as group:
             # An unmet tolerance is in the output and in the exit code.
             warnings.simplefilter("ignore", NumericalWarning)
-            return given.verb(given)
+            if group is None:
+                return given.verb(given)
+            if given.verb is not _decompose:
+                raise ValueError(
+                    "only decompose runs on several processes; start this verb with python -m weightdecomp"
+                )
+            return _decompose(given, group)
     except _MISTAKES as error:
         print(f"weightdecomp: {error}", file=sys.stderr)
         return _MISTAKE
+    except ProcessLost as error:
+        print(f"weightdecomp: {error}", file=sys.stderr)
+        return _LOST
     except KeyboardInterrupt as error:
         # `decompose` says itself how to resume where there is a checkpoint.
         hint = "; with --checkpoint DIR a run can be resumed" if hasattr(given, "checkpoint") else ""
@@ -64,6 +77,7 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--sites", action="append", metavar="PATTERN", help="module paths, as in layers.*; repeatable")
     run.add_argument("--divergence", default="auto", metavar="NAME", help=_DIVERGENCE)
     run.add_argument("--checkpoint", type=Path, metavar="DIR", help="keep progress there; repeat to resume")
+    run.add_argument("--shard", action="store_true", help=_SHARD)
     check = _verb(verbs, "verify", _verify, "attack a saved decomposition on inputs it has not seen")
     check.add_argument("directory", type=Path, metavar="DIR", help="what `decompose --out` wrote")
     add_model(check)
@@ -114,7 +128,7 @@ def _add_graph(parser: argparse.ArgumentParser) -> None:
     _add_seed(parser)
 
 
-def _decompose(given: argparse.Namespace) -> int:
+def _decompose(given: argparse.Namespace, group: dist.ProcessGroup | None = None) -> int:
     check_vacant(given.out, "decomposition")
     model, batches = model_and_batches(given)
     decomposition = decompose(
@@ -127,7 +141,11 @@ def _decompose(given: argparse.Namespace) -> int:
         checkpoint=given.checkpoint,
         config=_config(given),
         progress=not given.no_progress,
+        group=group,
+        shard=given.shard,
     )
+    if Processes(group).index:
+        return 0
     decomposition.save(given.out)
     document = {"out": str(given.out), "seed": given.seed, **_document(decomposition)}
     _say(given, document, f"{decomposition}\nsaved        {given.out}")
@@ -315,6 +333,7 @@ def _plain(value: Any) -> Any:
 
 
 _ABOUT = "Decompose a trained PyTorch checkpoint's weights into circuits, and attack the result."
+_SHARD = "under torchrun: keep only a share of the components in each process, for less memory and more traffic"
 _DIVERGENCE = "auto, mse, kl, or a function of yours as package.module:name (auto)"
 _FILES = "file to write, repeatable; its suffix says how: html json graphml gexf cyjs dot ct.json"
 _LARGEST = "largest damage under attack, as a share of ablating everything (%(default)s)"

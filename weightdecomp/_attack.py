@@ -12,6 +12,7 @@ from weightdecomp._climb import GAIN, Climb
 from weightdecomp._divergence import Divergence
 from weightdecomp._forward import Masks, masked, recorded
 from weightdecomp._pieces import Pieces
+from weightdecomp._processes import ALONE, Processes
 from weightdecomp._sites import Site
 
 PATIENCE = 160  # steps without improvement after which a search is over
@@ -26,6 +27,7 @@ class Ablation(NamedTuple):
         pieces: Components of each site.
         divergence: Between a masked output and the target's.
         remainders: Per site, what its components do not sum to; sites with none are left out.
+        processes: Those that have some inputs each; sources shared by inputs are then shared by all of theirs.
     """
 
     model: nn.Module
@@ -33,6 +35,7 @@ class Ablation(NamedTuple):
     pieces: Mapping[str, Pieces]
     divergence: Divergence
     remainders: Mapping[str, Float[Tensor, "d_out d_in"]]
+    processes: Processes = ALONE
 
 
 class Part(NamedTuple):
@@ -69,9 +72,8 @@ def drawn_sources(ablation: Ablation, groups: int, rng: torch.Generator) -> Sour
     """Uniform sources, one row a group of inputs."""
     found = {}
     for site in ablation.sites:
-        v = ablation.pieces[site.path].v
-        shape = (groups, ablation.pieces[site.path].n + 1)
-        found[site.path] = torch.rand(shape, generator=rng, device=v.device, dtype=v.dtype)
+        own = ablation.pieces[site.path]
+        found[site.path] = torch.rand(groups, own.n + 1, generator=rng, device=own.v.device, dtype=own.v.dtype)
     return found
 
 
@@ -242,6 +244,7 @@ def _evaluated(
 ) -> tuple[Float[Tensor, "restart group"], Float[Tensor, "restart group source"]]:
     """Divergence of every restart's sources, and its gradient."""
     total, n, slope = torch.zeros(()), 0, torch.zeros_like(sources)
+    assert groups == 1 or ablation.processes.alone, "inputs of other processes have sources of their own"
     for tile in tiles:
         leaf = sources.detach().requires_grad_()
         with torch.enable_grad():
@@ -251,6 +254,8 @@ def _evaluated(
                 slope += torch.autograd.grad(divergence.sum(), leaf, materialize_grads=True)[0]
         found = divergence.detach().reshape(len(sources), groups, -1)
         total, n = total + found.sum(-1), n + found.shape[-1]
+    if not ablation.processes.alone:
+        total, slope, n = ablation.processes.sums([total, slope, slope.new_tensor(float(n))])
     return total / n, slope
 
 

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from weightdecomp._processes import Processes
+
 Batch = Any  # a tensor, a tuple of positional arguments, or a dict of keyword arguments
 
 _MOST_INPUTS = 32_768  # an endless iterator is read up to here; a collection is read whole
@@ -37,6 +39,11 @@ def size(batch: Batch) -> int:
 def select(batch: Batch, index: Tensor) -> Batch:
     """Some inputs of a batch."""
     return _mapped(batch, lambda x: x[index] if _per_input(x, batch) else x)
+
+
+def share(batch: Batch, processes: Processes) -> Batch:
+    """This process's inputs of a batch."""
+    return batch if processes.alone else select(batch, processes.indices(size(batch)).to(tensors(batch)[0].device))
 
 
 def _per_input(x: Tensor, batch: Batch) -> bool:

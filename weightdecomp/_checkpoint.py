@@ -1,13 +1,14 @@
 """Checkpoints: a run's progress on disk, so that a killed run ends where an unbroken one would."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from weightdecomp import _storage
+from weightdecomp._processes import ALONE, Processes
 
 _KIND = "checkpoint"
 _SHARE = 0.05  # of the run's time at most is spent on writing checkpoints
@@ -17,12 +18,15 @@ _LEAST = 0.5  # seconds between two of them
 class Checkpoint:
     """Progress of one run in a folder; without a folder it keeps nothing.
 
+    Of several processes the first one reads and writes, and all know what was read. How many there are is not part of
+    what is kept: any number of processes goes on from it.
+
     Attributes:
-        tensors: What was last saved or loaded.
+        tensors: What was last loaded, and in the process that writes also what was saved.
         document: The same, for plain values.
     """
 
-    def __init__(self, directory: str | Path | None, key: Mapping[str, Any]) -> None:
+    def __init__(self, directory: str | Path | None, key: Mapping[str, Any], processes: Processes = ALONE) -> None:
         """Open a folder that is empty, new, or holds the same run.
 
         Raises:
@@ -33,13 +37,20 @@ class Checkpoint:
         self.tensors: dict[str, Tensor] = {}
         self.document: dict[str, Any] = {}
         self._written, self._cost = time.monotonic(), 0.0
-        if self.directory is None:
-            return
+        self._processes = processes
+        self._writes = self.directory is not None and processes.index == 0
+        if self.directory is not None:
+            self.tensors, self.document = processes.from_first(self._opened)
+
+    def _opened(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """What the folder holds."""
+        assert self.directory is not None
         _storage.check_vacant(self.directory, _KIND)
-        if _storage.exists(self.directory, _KIND):
-            tensors, document = _storage.read(self.directory, _KIND)
-            self._same_run(document["key"])
-            self.tensors, self.document = dict(tensors), document
+        if not _storage.exists(self.directory, _KIND):
+            return {}, {}
+        tensors, document = _storage.read(self.directory, _KIND)
+        self._same_run(document["key"])
+        return tensors, document
 
     def _same_run(self, saved: Mapping[str, Any]) -> None:
         different = sorted(name for name in {*saved, *self.key} if saved.get(name) != self.key.get(name))
@@ -49,16 +60,36 @@ class Checkpoint:
                 "choose an empty folder, or repeat that run's call to resume it"
             )
 
-    def keep(self, tensors: Mapping[str, Tensor], document: Mapping[str, Any], now: bool = False) -> None:
-        """Add to what is kept, and write it to disk when due (or at once)."""
-        self.tensors |= tensors
+    def keep(
+        self,
+        tensors: Mapping[str, Tensor],
+        document: Mapping[str, Any],
+        now: bool = False,
+        state: Callable[[], Mapping[str, Tensor]] = dict,
+    ) -> None:
+        """Add to what is kept, and write it to disk when due (or at once); `state` is asked for more to write then."""
         self.document |= document
-        due = time.monotonic() - self._written > max(_LEAST, self._cost / _SHARE)
-        if self.directory is not None and (now or due):
+        if self._writes:
+            self.tensors |= tensors
+        if self.directory is None or not (now or self._due()):
+            return
+        changed = state()
+        if self._writes:
+            self.tensors |= changed
             started = time.monotonic()
             _storage.write(self.directory, _KIND, self.tensors, {**self.document, "key": self.key})
             self._written = time.monotonic()
             self._cost = self._written - started
+
+    def _due(self) -> bool:
+        """Whether it is time to write, by the clock of the process that writes."""
+        due = time.monotonic() - self._written > max(_LEAST, self._cost / _SHARE)
+        return bool(self._processes.total(int(self._writes and due)))
+
+    def forget(self) -> None:
+        """Let go of what was loaded, in processes that will not write it again."""
+        if not self._writes:
+            self.tensors = {}
 
     def under(self, prefix: str) -> dict[str, Tensor]:
         """Kept tensors whose name begins with a prefix, by the rest of their names."""

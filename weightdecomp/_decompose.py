@@ -17,9 +17,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from weightdecomp._attack import Ablation
@@ -35,9 +36,11 @@ from weightdecomp._frame import Frame, frame
 from weightdecomp._ledger import value_bits
 from weightdecomp._null import effort, null_effort
 from weightdecomp._pieces import Pieces
+from weightdecomp._processes import Processes, ProcessLost
 from weightdecomp._progress import Progress
-from weightdecomp._rounds import refined
-from weightdecomp._sample import Sample, taken
+from weightdecomp._rounds import Refined, refined
+from weightdecomp._sample import Sample, dealt, taken
+from weightdecomp._sharded import stored
 from weightdecomp._sites import Site, find_sites
 from weightdecomp._storage import digest as weights_digest
 
@@ -60,6 +63,8 @@ def decompose(
     config: Config | None = None,
     on_step: Callable[[int, dict[str, float]], None] | None = None,
     progress: bool = True,
+    group: dist.ProcessGroup | None = None,
+    shard: bool = False,
 ) -> Decomposition:
     """Decompose a trained model's weights into components with gates, and these into circuits.
 
@@ -75,6 +80,11 @@ def decompose(
         config: Settings; the defaults serve every task.
         on_step: Called after every step with the step number and each measured term.
         progress: Show a progress bar with the time left, on a terminal's stderr.
+        group: Processes that all make this same call, inputs included, and share the work; None for this one alone.
+            The result, which all return, is one process's up to the rounding of sums. Tensors on the CPU and those on
+            the model's device must both have a backend in it, as `torch.distributed.init_process_group()` chooses.
+        shard: Keep only a share of every site's components in each process, and bring them together a site at a time:
+            less memory, more traffic.
 
     Returns:
         The decomposition. If the tolerance could not be met, `converged` is False, with the reason.
@@ -82,6 +92,7 @@ def decompose(
     Raises:
         ValueError: For inputs, models, patterns or settings that cannot work, naming the argument and the fix.
         TypeError: For arguments of a wrong kind.
+        ProcessLost: If another process of the group has ended.
 
     Source:
         Components, masks and adversary after SPD (arXiv 2506.20790) and VPD (Goodfire 2026); starts, gates and
@@ -91,26 +102,33 @@ def decompose(
     kept, metric = checked(model, batches, tolerance, divergence)
     found, skipped = find_sites(model, kept[0], sites)
     key = _run_key(model, kept, found, tolerance, metric, seed, config)
-    saved = Checkpoint(checkpoint, key)
+    processes = Processes(group, shard)
+    processes.agree(key)
+    if config.batch < processes.n:
+        raise ValueError(f"config.batch is {config.batch}, less than one input for each of {processes.n} processes")
+    saved = Checkpoint(checkpoint, key, processes)
     rng = torch.Generator(device=tensors(kept[0])[0].device).manual_seed(seed)
-    bar = Progress(len(found) + config.steps + 2, on_step, progress)
+    bar = Progress(len(found) + config.steps + 2, on_step, progress and processes.index == 0)
     with bar, _resumable(checkpoint):
         bar.now("recording")
-        sample = taken(model, kept, found, metric, config.sample, rng)
-        starts = {site.path: _start(bar, saved, model, sample, site, metric, tolerance, config) for site in found}
-        ablation = Ablation(model, found, {path: start.pieces for path, start in starts.items()}, metric, {})
-        frames = {site.path: _frame(site, starts[site.path]) for site in found}
-        best = refined(ablation, frames, sample, tolerance, config, seed, bar, saved)
+        sample = taken(model, kept, found, metric, config.sample, rng, processes)
+        starts = _starts(bar, saved, model, sample, found, metric, tolerance, config, processes)
+        begun = _begun(starts, processes)
+        spent = effort(model, sample, found, begun.bits, tolerance)
+        sample = dealt(sample, model, found, processes)
+        ablation = Ablation(model, found, begun.pieces, metric, {}, processes)
+        best = refined(ablation, begun.frames, sample, tolerance, config, seed, bar, saved)
         bar.now("null")
-        spent = effort(model, sample, found, sum(start.bits for start in starts.values()), tolerance)
-        null = null_effort(model, sample.batches, found, metric, tolerance, config, seed)
-    parts = _parts(best.ablation.pieces, best.gated, {path: start.name for path, start in starts.items()})
-    outcome = _outcome(best.gated, best.steps, starts, tolerance, spent, null)
+        null = null_effort(model, sample.batches, found, metric, tolerance, config, seed, processes)
+        on = {path: processes.rows(rows.byte()) > 0 for path, rows in activity(best.gated.importances).items()}
+        parts = _parts(best, frequencies(best.gated.importances, processes), begun.names)
+        dense = value_bits(tolerance) * sum(_rank(own) for own in begun.pieces.values())
+    outcome = _outcome(best.gated, best.steps, dense, tolerance, spent, null)
     if not outcome.converged:
         warnings.warn(outcome.reason, NumericalWarning, stacklevel=2)
     ranks = {path: part.pieces.ranks() for path, part in parts.items()}
     shapes = {site.path: site.shape for site in found}
-    groups = grouped(activity(best.gated.importances), ranks, shapes, tolerance)
+    groups = grouped(on, ranks, shapes, tolerance)
     return Decomposition(model, found, skipped, parts, metric, tolerance, config, outcome, *groups)
 
 
@@ -137,60 +155,89 @@ def _run_key(
 
 @contextmanager
 def _resumable(checkpoint: str | Path | None) -> Iterator[None]:
-    """Say how to go on after Ctrl-C."""
+    """Say how to go on after Ctrl-C, and after another process was lost."""
+    again = f"progress is in {str(checkpoint)!r}: repeat the same call to resume"
     try:
         yield
+    except ProcessLost as error:
+        hint = f"{again}, on any number of processes" if checkpoint is not None else "the run had no checkpoint="
+        raise ProcessLost(f"{error}; {hint}") from error
     except KeyboardInterrupt:
         if checkpoint is None:
             raise
-        raise KeyboardInterrupt(
-            f"interrupted; progress is in {str(checkpoint)!r}: repeat the same call to resume"
-        ) from None
+        raise KeyboardInterrupt(f"interrupted; {again}") from None
 
 
-def _start(
+def _starts(
     bar: Progress,
     saved: Checkpoint,
     model: nn.Module,
     sample: Sample,
-    site: Site,
+    sites: Sequence[Site],
     divergence: Divergence,
     tolerance: float,
     config: Config,
-) -> Start:
-    """The start of one site, from the checkpoint where it is there already."""
-    bar.now(f"start of {site.path or 'the model'}")
-    prefix = f"start|{site.path}|"
-    if not saved.under(prefix):
-        start = chosen_start(model, sample, site, divergence, tolerance, config)
-        names = {**saved.document.get("starts", {}), site.path: [start.name, start.bits, start.work]}
-        # Contiguous as when read back from disk, since sums over another layout round differently (R1).
-        found = {name: x.contiguous() for name, x in {**start.pieces._asdict(), **start.origin}.items()}
-        saved.keep({prefix + name: x for name, x in found.items()}, {"starts": names})
-    values = {name: x.to(site.weight.device) for name, x in saved.under(prefix).items()}
+    processes: Processes,
+) -> Iterator[tuple[Site, Start]]:
+    """The start of every site, from the checkpoint where it is there already; processes make theirs side by side."""
+    for first in range(0, len(sites), processes.n):
+        turn = sites[first : first + processes.n]
+        made, document = dict[str, Tensor](), None
+        for site in processes.own(turn):
+            bar.now(f"start of {site.path or 'the model'}", len(turn))
+            if site.path not in saved.document.get("starts", {}):
+                start = chosen_start(model, sample, site, divergence, tolerance, config)
+                # Contiguous as when read back from disk, since sums over another layout round differently (R1).
+                made = {name: x.contiguous() for name, x in {**start.pieces._asdict(), **start.origin}.items()}
+                document = [start.name, start.bits, start.work]
+        for source, site in enumerate(turn):
+            prefix, known = f"start|{site.path}|", saved.document.get("starts", {})
+            if site.path in known:
+                values, told = saved.under(prefix), known[site.path]
+            else:
+                values, told = processes.sent(source, made, document)
+                saved.keep({prefix + name: x for name, x in values.items()}, {"starts": {**known, site.path: told}})
+            yield site, _start(site, values, *told)
+
+
+def _start(site: Site, kept: Mapping[str, Tensor], name: str, bits: float, work: dict[str, float]) -> Start:
+    """The start of one site as a checkpoint keeps it."""
+    values = {name: x.to(site.weight.device) for name, x in kept.items()}
     pieces = Pieces(values["v"], values["u"], values["owner"])
-    name, bits, work = saved.document["starts"][site.path]
-    origin = {name: values[name] for name in ("basis", "power", "held")}
-    return Start(name, pieces, bits, work, origin)
+    return Start(name, pieces, bits, work, {name: values[name] for name in ("basis", "power", "held")})
 
 
-def _frame(site: Site, start: Start) -> Frame:
-    return frame(**start.origin, matrix=site.matrix(), pieces=start.pieces)
+class _Begun(NamedTuple):
+    """The starts of all sites: components, where they may move, names, and the bits of all."""
+
+    pieces: Mapping[str, Pieces]
+    frames: dict[str, Frame]
+    names: dict[str, str]
+    bits: float
 
 
-def _parts(pieces: Mapping[str, Pieces], gated: Gated, names: Mapping[str, str]) -> dict[str, Parts]:
-    """Components, most frequent first at every site."""
+def _begun(starts: Iterable[tuple[Site, Start]], processes: Processes) -> _Begun:
+    frames, names, bits = dict[str, Frame](), dict[str, str](), list[float]()
+
+    def pieces() -> Iterator[tuple[str, Pieces]]:
+        for site, start in starts:
+            frames[site.path] = frame(**start.origin, matrix=site.matrix(), pieces=start.pieces)
+            names[site.path] = start.name
+            bits.append(start.bits)
+            yield site.path, start.pieces
+
+    return _Begun(stored(pieces(), processes), frames, names, sum(bits))
+
+
+def _parts(best: Refined, frequency: Mapping[str, Tensor], names: Mapping[str, str]) -> dict[str, Parts]:
+    """Components of every site."""
     found = {}
-    frequency = frequencies(gated.importances)
-    for path, own in pieces.items():
-        found[path] = Parts(own.balanced(), gated.thresholds[path], frequency[path], names[path])
+    for path, own in best.ablation.pieces.items():
+        found[path] = Parts(own.balanced(), best.gated.thresholds[path], frequency[path], names[path])
     return found
 
 
-def _outcome(
-    gated: Gated, steps: int, starts: Mapping[str, Start], tolerance: float, spent: float, null: float | None
-) -> Outcome:
-    dense = value_bits(tolerance) * sum(_rank(start) for start in starts.values())
+def _outcome(gated: Gated, steps: int, dense: float, tolerance: float, spent: float, null: float | None) -> Outcome:
     compresses = null is None or spent < _CHEAPER * null
     random = "random directions do nothing" if null is None else f"{null:.2f} with random directions"
     against = f"{spent:.2f} bits per bit of behaviour, {random}"
@@ -204,6 +251,6 @@ def _outcome(
     return Outcome(converged, reason, gated.damage, compresses, verdict, spent, null, gated.ledger, dense, steps)
 
 
-def _rank(start: Start) -> int:
-    sizes = torch.linalg.svdvals(start.pieces.total())
+def _rank(pieces: Pieces) -> int:
+    sizes = torch.linalg.svdvals(pieces.total())
     return int((sizes > 1e-6 * sizes[0]).sum())

@@ -12,15 +12,11 @@ from weightdecomp._batches import Batch, call
 from weightdecomp._divergence import output_tensor
 from weightdecomp._forward import Record, replaced
 from weightdecomp._pieces import Pieces
+from weightdecomp._processes import ALONE, Processes
 from weightdecomp._sites import Site
 
 _PROBES = 4  # random output directions
-_POINTS = (
-    5,
-    15,
-    45,
-    135,
-)  # midpoints on the path from everything ablated to the target: more where few miss its change
+_POINTS = (5, 15, 45, 135)  # midpoints on the path from everything ablated to the target; more where few miss much
 _MISSED = 0.25  # share of the change along the path that may be missed
 _LEAST = 1e-3  # least effect of a typical contribution, relative to a typical effect, so that none is free to close
 
@@ -36,6 +32,11 @@ def _probe(divergence: str, output: Tensor, rng: torch.Generator) -> Tensor:
     return signs.to(output.dtype) / output.shape[-1] ** 0.5
 
 
+def drawn_probes(record: Record, divergence: str, rng: torch.Generator) -> list[Tensor]:
+    """Random output directions of one site's sensitivities."""
+    return [_probe(divergence, output_tensor(record.output), rng) for _ in range(_PROBES)]
+
+
 def sensitivities(
     model: nn.Module, batch: Batch, site: Site, record: Record, divergence: str, rng: torch.Generator
 ) -> list[Float[Tensor, "probe *batch d_out"]]:
@@ -48,7 +49,7 @@ def sensitivities(
     Returns:
         One tensor for each call of the site's module.
     """
-    probes = [_probe(divergence, output_tensor(record.output), rng) for _ in range(_PROBES)]
+    probes = drawn_probes(record, divergence, rng)
     with torch.no_grad():
         start, _ = _on_path(model, batch, site, 0.0)
         change = torch.stack([((output_tensor(record.output) - start) * probe).sum() for probe in probes])
@@ -116,18 +117,26 @@ class Trade:
     """Every way to close gates by a threshold on each arm, with its damage and its savings.
 
     Built once from activations and effects; `thresholds(price)` then is the exact minimiser, per component and arm, of
-    (effects where closed) + price x (inputs where open), by running sums over sorted activations.
+    (effects where closed) + price x (inputs where open), by running sums over sorted activations. Of several
+    processes each does so for the components that it was given, and has the thresholds of all.
     """
 
-    def __init__(self, activations: Float[Tensor, "row component"], effects: Float[Tensor, "row component"]) -> None:
+    def __init__(
+        self,
+        activations: Float[Tensor, "row component"],
+        effects: Float[Tensor, "row component"],
+        processes: Processes = ALONE,
+    ) -> None:
         """Sort both arms.
 
         Where what follows is off along the whole path, the estimated effect is 0; a small share of the contribution's
         square stands in for it, so that at low prices every gate opens.
         """
-        self.typical = float(effects.sum(1).mean()) + 1e-30
         power = activations.square()
-        effects = effects + _LEAST * self.typical / float(power.sum(1).mean() + 1e-30) * power
+        effect, size = processes.sums([effects.sum(1).mean(), power.sum(1).mean()])
+        self.typical = float(effect) + 1e-30
+        self._processes = processes
+        effects = effects + _LEAST * self.typical / float(size + 1e-30) * power
         self._arms = []
         for sign in (1, -1):
             a, order = (sign * activations).clamp_min(0).sort(0)
@@ -146,7 +155,7 @@ class Trade:
             above = a.gather(0, first_open.clamp_max(len(a) - 1))
             # An arm that never opens on the sample stays shut a little beyond the largest activation seen.
             arms.append(torch.where(first_open < len(a), (below + above) / 2, 1.05 * above + 1e-12)[0])
-        return torch.stack(arms)
+        return self._processes.rows(torch.stack(arms, 1)).T.contiguous()
 
 
 def opened(

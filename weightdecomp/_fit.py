@@ -16,6 +16,7 @@ from weightdecomp._forward import Masks, inner_activations, masked, recorded
 from weightdecomp._independent import independent
 from weightdecomp._ledger import Ledger, price, value_bits, wires
 from weightdecomp._pieces import Pieces
+from weightdecomp._processes import ALONE, Processes
 from weightdecomp._sample import Sample, ablated_entirely, site_rows
 from weightdecomp._sites import Site
 from weightdecomp._spans import span_start
@@ -143,13 +144,20 @@ def _work(pieces: Pieces, size: Float[Tensor, " d_in"], frequency: Tensor, bits:
     return bits + float(moved.sum()) * value_bits(tolerance)
 
 
-def _trade(pieces: Pieces, inner: Sequence[Tensor], sizes: Sequence[Tensor], sensitivity: Sequence[Tensor]) -> Trade:
+def _trade(
+    pieces: Pieces,
+    inner: Sequence[Tensor],
+    sizes: Sequence[Tensor],
+    sensitivity: Sequence[Tensor],
+    processes: Processes = ALONE,
+) -> Trade:
     hits = [effects(h, pieces, s) for h, s in zip(inner, sensitivity, strict=True)]
-    return Trade(torch.cat([a.flatten(0, -2) for a in sizes]), torch.cat([e.flatten(0, -2) for e in hits]))
+    sizes, hits = ([processes.columns(x).flatten(0, -2) for x in calls] for calls in (sizes, hits))
+    return Trade(torch.cat(sizes), torch.cat(hits), processes)
 
 
-def _frequency(importances: Sequence[Tensor]) -> Float[Tensor, " component"]:
-    return torch.cat([g.flatten(0, -2) for g in importances]).mean(0)
+def _frequency(importances: Sequence[Tensor], processes: Processes = ALONE) -> Float[Tensor, " component"]:
+    return processes.mean(torch.cat([g.flatten(0, -2) for g in importances]), 0)
 
 
 def _n_rows(tensors_: Sequence[Tensor]) -> int:
@@ -183,11 +191,13 @@ class Gatekeeper:
                 inner = inner_activations(sample.record, site, pieces)
                 self.sizes[site.path] = [pieces.activations(h) for h in inner]
                 sensitivity = sample.sensitivity[site.path]
-                self.trades[site.path] = _trade(pieces, inner, self.sizes[site.path], sensitivity)
+                self.trades[site.path] = _trade(pieces, inner, self.sizes[site.path], sensitivity, ablation.processes)
 
     def _attacked(self, batch: Batch, attack: tuple[int, int, int]) -> Attacked:
         """The inputs that one of the attacks uses, with the target's output and the contributions on them."""
-        index = torch.arange(min(attack[2], size(batch)), device=tensors(batch)[0].device)
+        processes = self.ablation.processes
+        first = processes.count(min(attack[2], processes.total(size(batch))))
+        index = torch.arange(first, device=tensors(batch)[0].device)
         record = recorded(self.ablation.model, select(batch, index), self.ablation.sites)
         sizes = {}
         for site in self.ablation.sites:
@@ -197,7 +207,7 @@ class Gatekeeper:
             self.ablation.model, select(batch, index), self.ablation.sites, self.ablation.divergence, record.output
         )
         # Few inputs may be ones on which nothing matters; damage is then a share of what it is on the others.
-        scale = float(nothing.mean()) or self.sample.nothing
+        scale = float(processes.mean(nothing)) or self.sample.nothing
         return Attacked(select(batch, index), record.output, sizes, scale, attack)
 
     def gates(self, near: float | None = None) -> Gated:
@@ -244,21 +254,21 @@ class Gatekeeper:
 
     def _ledger(self, best: float) -> Ledger:
         importances = self._opened(best)[1]
-        sites = self.ablation.sites
+        sites, processes = self.ablation.sites, self.ablation.processes
         masks = {path: [g + (1 - g) / 2 for g in calls] for path, calls in importances.items()}
         with torch.no_grad():
             output = masked(self.ablation.model, self.sample.batch, sites, self.ablation.pieces, masks)
-            divergence = float(self.ablation.divergence(output, self.sample.record.output).mean())
+            divergence = float(processes.mean(self.ablation.divergence(output, self.sample.record.output)))
         return price(
-            max(_n_rows(calls) for calls in importances.values()),
+            max(processes.total(_n_rows(calls)) for calls in importances.values()),
             self.tolerance,
-            [_frequency(importances[site.path]) for site in sites],
+            [_frequency(importances[site.path], processes) for site in sites],
             [self.ablation.pieces[site.path].ranks() for site in sites],
             [site.shape for site in sites],
             divergence,
         )
 
 
-def frequencies(importances: Masks) -> Mapping[str, Float[Tensor, " component"]]:
+def frequencies(importances: Masks, processes: Processes = ALONE) -> Mapping[str, Float[Tensor, " component"]]:
     """Share of the sample's rows on which each component is active."""
-    return {path: _frequency(calls) for path, calls in importances.items()}
+    return {path: _frequency(calls, processes) for path, calls in importances.items()}

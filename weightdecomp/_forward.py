@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from weightdecomp._batches import Batch, call
 from weightdecomp._pieces import Pieces
+from weightdecomp._sharded import applied
 from weightdecomp._sites import Site, no_fast_path
 
 Operands = tuple[Any, ...]
@@ -117,8 +118,8 @@ class _Masked(NamedTuple):
     remainders: Mapping[str, tuple[Tensor, Tensor]]
 
     def __call__(self, site: Site, index: int, operands: Operands) -> Any:
-        own = self.pieces[site.path]
-        rows = own.contract(site.read(operands, own.v), self.masks[site.path][index])
+        mask = self.masks[site.path][index]
+        rows = applied(self.pieces, site.path, lambda own: own.contract(site.read(operands, own.v), mask))
         if site.path in self.remainders:
             matrix, mask = self.remainders[site.path]
             rows = rows + mask * site.read(operands, matrix)

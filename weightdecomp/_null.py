@@ -11,6 +11,7 @@ from weightdecomp._config import Config
 from weightdecomp._divergence import Divergence, output_tensor
 from weightdecomp._fit import chosen_start
 from weightdecomp._ledger import behaviour_bits
+from weightdecomp._processes import ALONE, Processes
 from weightdecomp._sample import NoEffect, Sample, taken, without
 from weightdecomp._sites import Site, bound_site, put_weight
 
@@ -56,6 +57,7 @@ def null_effort(
     tolerance: float,
     config: Config,
     seed: int,
+    processes: Processes = ALONE,
 ) -> float | None:
     """Mean effort of random models at the same tolerance: what architecture and data alone would cost.
 
@@ -71,9 +73,11 @@ def null_effort(
     for _ in range(_DRAWS):
         twin, twins = redrawn(model, sites, rng)
         try:
-            sample = taken(twin, some, twins, divergence, max(1, config.sample // 2), rng)
+            sample = taken(twin, some, twins, divergence, max(1, config.sample // 2), rng, processes)
         except NoEffect:
             continue
-        starts = [chosen_start(twin, sample, site, divergence, tolerance, config) for site in twins]
-        found.append(effort(twin, sample, twins, sum(start.bits for start in starts), tolerance))
+        own = processes.own(twins)
+        starts = [chosen_start(twin, sample, site, divergence, tolerance, config) for site in own]
+        bits = torch.tensor(sum(start.bits for start in starts), dtype=torch.float64)
+        found.append(effort(twin, sample, twins, float(processes.sum(bits)), tolerance))
     return sum(found) / len(found) if found else None

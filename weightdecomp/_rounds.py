@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -16,6 +17,7 @@ from weightdecomp._pieces import Pieces
 from weightdecomp._progress import Progress
 from weightdecomp._refine import Refiner
 from weightdecomp._sample import Sample
+from weightdecomp._sharded import stored
 
 _BETTER = 0.99  # a round must save at least one bit in a hundred to be kept
 _PATIENCE = 2  # rounds in a row that may fail before refinement ends
@@ -59,28 +61,32 @@ def refined(
         thresholds, price = _on_device(saved.under("gates|"), thresholds), known["price"]
     if known.get("finished") or not refiner.factors:
         first = config.steps
+    saved.forget()
     bar.now("refining", first)
     per_round = max(1, math.ceil(config.steps / config.rounds))
     for step in range(first, config.steps):
         terms = refiner.step(_drawn(sample.batches, config.batch, rng), thresholds, step, price / sample.nothing)
         bar.step(step, terms.as_dict())
-        changed = dict[str, torch.Tensor]()
         if (step + 1) % per_round == 0 or step + 1 == config.steps:
             trial = ablation._replace(pieces=refiner.detached())
             gated = Gatekeeper(trial, sample, tolerance, seed).gates(near=best.gated.price)
             thresholds, price, failed = gated.thresholds, gated.price, failed + 1
             if _cheaper(gated, best.gated, tolerance):
                 near, best, failed = best.gated.price, Refined(trial, gated, step + 1), 0
-                changed = _tensors("best|", trial.pieces)
             if failed == _PATIENCE:
                 break
         # One write for all that a step changed: a run resumed between two would mix two steps.
-        changed |= {f"gates|{path}": x for path, x in thresholds.items()}
-        changed |= {f"refiner|{name}": x for name, x in refiner.state().items()}
-        state = {"step": step + 1, "kept_steps": best.steps, "failed": failed, "price": price, "near": near}
-        saved.keep(changed, state)
-    saved.keep({}, {"finished": True}, now=True)
+        gates = {f"gates|{path}": x for path, x in thresholds.items()}
+        known = {"step": step + 1, "kept_steps": best.steps, "failed": failed, "price": price, "near": near}
+        saved.keep(gates, known, state=partial(_state, best, refiner))
+    saved.keep({}, {"finished": True}, now=True, state=partial(_state, best, refiner))
     return best
+
+
+def _state(best: Refined, refiner: Refiner) -> dict[str, torch.Tensor]:
+    """What is too large to hand over at every step."""
+    found = _tensors("best|", best.ablation.pieces) if best.steps else {}
+    return found | {f"refiner|{name}": x for name, x in refiner.state().items()}
 
 
 def _on_device(found: Mapping[str, torch.Tensor], like: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -104,7 +110,7 @@ def _tensors(prefix: str, pieces: Mapping[str, Pieces]) -> dict[str, torch.Tenso
     return {f"{prefix}{path}|{name}": x for path, own in pieces.items() for name, x in own._asdict().items()}
 
 
-def _loaded(saved: Checkpoint, prefix: str, ablation: Ablation) -> dict[str, Pieces]:
-    device = next(iter(ablation.pieces.values())).v.device
-    found = saved.under(prefix)
-    return {path: Pieces(*(found[f"{path}|{name}"].to(device) for name in Pieces._fields)) for path in ablation.pieces}
+def _loaded(saved: Checkpoint, prefix: str, ablation: Ablation) -> Mapping[str, Pieces]:
+    found, device = saved.under(prefix), ablation.sites[0].weight.device
+    every = ((path, [found[f"{path}|{name}"].to(device) for name in Pieces._fields]) for path in ablation.pieces)
+    return stored(((path, Pieces(*one)) for path, one in every), ablation.processes)

@@ -8,11 +8,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from weightdecomp._batches import Batch, joined, select, size, tensors
+from weightdecomp._batches import Batch, joined, select, share, size, tensors
 from weightdecomp._divergence import Divergence
-from weightdecomp._effects import sensitivities
+from weightdecomp._effects import drawn_probes, sensitivities
 from weightdecomp._forward import Record, masked, recorded
 from weightdecomp._pieces import Pieces
+from weightdecomp._processes import ALONE, Processes
 from weightdecomp._sites import Site
 
 _MOST_ROWS = 32_768  # rows that a site's reach and exemplars are taken from
@@ -22,6 +23,9 @@ _MOST_NUMBERS = 1 << 26  # and at most so many numbers, for wide sites
 
 class Sample(NamedTuple):
     """Inputs with the target's record on them.
+
+    Of several processes each first has all inputs at its own share of the sites, as starts are made a site at a time,
+    and then, once `dealt`, its own share of the inputs at all sites.
 
     Attributes:
         batches: All inputs, in as few batches as their shapes allow.
@@ -71,8 +75,9 @@ def taken(
     divergence: Divergence,
     rows: int,
     rng: torch.Generator,
+    processes: Processes = ALONE,
 ) -> Sample:
-    """Record the target on about `rows` rows of the inputs.
+    """Record the target on about `rows` rows of the inputs, at this process's share of the sites.
 
     Raises:
         NoEffect: If ablating everything changes nothing, so that no damage can be measured.
@@ -84,7 +89,7 @@ def taken(
     wanted = min(size(largest), max(1, rows // per_input))
     batch = select(largest, torch.arange(wanted, device=tensors(largest)[0].device))
     held = select(held, torch.arange(min(size(held), wanted), device=tensors(held)[0].device))
-    record = recorded(model, batch, sites)
+    record = recorded(model, batch, processes.own(sites))
     nothing = float(ablated_entirely(model, batch, sites, divergence, record.output).mean())
     paths = [site.path for site in sites]
     if not math.isfinite(nothing):
@@ -97,13 +102,61 @@ def taken(
             f"ablating {paths} altogether does not change the output on the given batches: nothing to decompose; "
             "pass inputs on which these weights matter, or other sites="
         )
-    sensitivity = {site.path: sensitivities(model, batch, site, record, divergence.name, rng) for site in sites}
-    if not any(calls.any() for site in sites for calls in sensitivity[site.path]):
+    sensitivity = {}
+    for index, site in enumerate(sites):
+        if processes.count(index) == processes.count(index + 1):
+            drawn_probes(record, divergence.name, rng)  # another process's site, whose draws ours come after
+        else:
+            sensitivity[site.path] = sensitivities(model, batch, site, record, divergence.name, rng)
+    if not processes.total(sum(int(calls.any()) for own in sensitivity.values() for calls in own)):
         raise NoEffect(
             f"ablating {paths} changes the output, but the output has no gradient at them; call decompose outside of "
             "torch.inference_mode(), and take torch.no_grad() and rounding (argmax) out of the model's forward"
         )
     return Sample(whole, batch, held, record, sensitivity, nothing)
+
+
+def dealt(sample: Sample, model: nn.Module, sites: Sequence[Site], processes: Processes) -> Sample:
+    """The sample with this process's inputs at all sites.
+
+    Raises:
+        ValueError: If there are fewer inputs than processes, or rows of a site that cannot be dealt out with them.
+    """
+    if processes.alone:
+        return sample
+    fewest = min(size(sample.batch), size(sample.held))
+    if fewest < processes.n:
+        raise ValueError(
+            f"batches leave {fewest} inputs to measure on, fewer than there are processes ({processes.n}); "
+            "pass more inputs, or start fewer processes"
+        )
+    _check_dealable(model, sample.batch, sites)
+    batch = share(sample.batch, processes)
+    sensitivity = {}
+    for index, site in enumerate(sites):
+        whole = {str(i): x for i, x in enumerate(sample.sensitivity.get(site.path, []))}
+        found, _ = processes.sent(index % processes.n, whole)
+        device = site.weight.device
+        sensitivity[site.path] = [
+            found[str(i)][:, processes.index :: processes.n].contiguous().to(device) for i in range(len(found))
+        ]
+    record = recorded(model, batch, sites)
+    return Sample(sample.batches, batch, share(sample.held, processes), record, sensitivity, sample.nothing)
+
+
+def _check_dealable(model: nn.Module, batch: Batch, sites: Sequence[Site]) -> None:
+    for n in (1, 2):
+        few = select(batch, torch.arange(n, device=tensors(batch)[0].device))
+        operands = recorded(model, few, sites).operands
+        for site in sites:
+            for call in operands[site.path]:
+                found = tuple(site.read(call, site.matrix()[:1]).shape[:-1])
+                if found[:1] != (n,):
+                    raise ValueError(
+                        f"site {site.path!r} is called with rows of shape {found} on {n} inputs: rows that do not "
+                        "belong to single inputs cannot be dealt out to processes; leave it out with sites=, or run "
+                        "one process"
+                    )
 
 
 def _held_out(batches: list[Batch]) -> tuple[list[Batch], Batch]:
