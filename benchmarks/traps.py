@@ -1,15 +1,16 @@
 """The trap suite: tasks with exact answers, our decomposition and all baselines, the known answer and a null.
 
-`python -m benchmarks.traps [--smoke | --quick] [--shard i/n]`. A cell is one task, method and seed. It is kept in
-`benchmarks/.cache/traps` under the hash of all that it depends on, the code included, so that a run that was stopped
-goes on, shards share a folder, and nothing stale is shown. Of a method's grid the best setting is reported, chosen by
-the score itself: the baselines' most favourable reading. Ours has one setting.
+`python -m benchmarks.traps [--smoke | --quick] [--task PATTERN] [--method PATTERN] [--shard i/n]`. A cell is one task,
+method and seed. It is kept in `benchmarks/.cache/traps` under the hash of all that it depends on, the code included, so
+that a run that was stopped goes on, shards share a folder, and nothing stale is shown. Of a method's grid the best
+setting is reported, chosen by the score itself: the baselines' most favourable reading. Ours has one setting.
 """
 
 import argparse
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from fnmatch import fnmatch
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -57,11 +58,17 @@ def _code() -> str:
     return hashlib.sha256(b"".join(file.read_bytes() for file in sorted(files))).hexdigest()
 
 
-def run(effort: Effort, shard: tuple[int, int], folder: Path, progress: bool = True) -> list[dict[str, Any]]:
-    """Make this shard's cells that are not there yet, and return all that are."""
+def run(
+    effort: Effort,
+    shard: tuple[int, int],
+    folder: Path,
+    progress: bool = True,
+    only: Callable[[Cell], bool] = lambda _: True,
+) -> list[dict[str, Any]]:
+    """Make this shard of such cells, those that are not there yet, and return all that are."""
     wanted = cells(effort)
     keys = [key(cell, effort) for cell in wanted]
-    mine = [i for i in range(len(wanted)) if i % shard[1] == shard[0]]
+    mine = [i for i, cell in enumerate(wanted) if only(cell)][shard[0] :: shard[1]]
     for i in tqdm(mine, disable=not progress, desc="traps", leave=False):
         file = folder / f"{keys[i]}.json"
         if not file.exists():
@@ -97,11 +104,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--smoke", action="store_true", help="one seed, few steps and methods: below two minutes")
     parser.add_argument("--quick", action="store_true", help="600 training steps, without the six slowest methods")
     parser.add_argument("--shard", type=shard, default=(0, 1), metavar="I/N", help="only every n-th cell (1/1)")
+    parser.add_argument("--task", default="*", metavar="PATTERN", help="only tasks of such a name, as in 'ping*'")
+    parser.add_argument("--method", default="*", metavar="PATTERN", help="only methods of such a name")
     parser.add_argument("--out", type=Path, default=RESULTS, metavar="DIR", help="default: %(default)s")
     given = parser.parse_args(arguments)
     torch.set_num_threads(1)
     effort, name = (SMOKE, "traps-smoke") if given.smoke else (QUICK, "traps-quick") if given.quick else (FULL, "traps")
-    found = run(effort, given.shard, CACHE)
+
+    def only(cell: Cell) -> bool:
+        return fnmatch(cell.task.name, given.task) and fnmatch(cell.method, given.method)
+
+    if not any(map(only, cells(effort))):
+        known = [*(task.name for task in TASKS), *dict.fromkeys(cell.method for cell in cells(effort))]
+        parser.error(f"no task like {given.task!r} with a method like {given.method!r}; there are {', '.join(known)}")
+    found = run(effort, given.shard, CACHE, only=only)
     missing = len(cells(effort)) - len(found)
     text = summary(found) + (f"\n\n{missing} cells are still missing.\n" if missing else "\n")
     write_json(given.out / f"{name}.json", {"provenance": provenance(), "missing": missing, "cells": found})

@@ -220,6 +220,18 @@ def test_a_stopped_run_goes_on_and_shards_make_a_whole(tmp_path: Path, monkeypat
     assert "twins" in traps.summary(both)
 
 
+def test_a_cell_can_be_run_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(traps, "CACHE", tmp_path / "cells")
+    monkeypatch.setattr(traps, "SMOKE", TINY)
+
+    traps.main(["--smoke", "--task", "twi*", "--method", "neurons", "--out", str(tmp_path)])
+
+    (made,) = (tmp_path / "cells").iterdir()
+    assert '"twins"' in made.read_text()
+    with pytest.raises(SystemExit):
+        traps.main(["--smoke", "--task", "twinz", "--out", str(tmp_path)])
+
+
 def test_another_configuration_is_another_cell():
     cell = traps.cells(TINY)[0]
 
