@@ -224,7 +224,7 @@ def test_a_cell_can_be_run_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(traps, "CACHE", tmp_path / "cells")
     monkeypatch.setattr(traps, "SMOKE", TINY)
 
-    traps.main(["--smoke", "--task", "twi*", "--method", "neurons", "--out", str(tmp_path)])
+    traps.main(["--smoke", "--task", "twi*", "--method", "pca", "--out", str(tmp_path)])
 
     (made,) = (tmp_path / "cells").iterdir()
     assert '"twins"' in made.read_text()
