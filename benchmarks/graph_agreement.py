@@ -1,7 +1,7 @@
 """Do a graph's edges agree with interventions on the running model?
 
 Every edge of a component, by gradient and along a path, against taking the component away. Per kind of effect also
-what is left unaccounted, as a share of all activations: what a path from nothing does not reach.
+what is left unaccounted, as a share of all activations.
 """
 
 import sys
@@ -114,9 +114,11 @@ def agreements(seeds: Sequence[int], smoke: bool) -> dict[str, Any]:
 LEGEND = (
     "Edges against taking the source away in the running model, on single inputs: worst error as a share of the "
     "largest intervention, mean error as a share of their mean size. Unaccounted: what incoming edges leave of the "
-    "activations, as a share of their size. Gradients are the default. Paths share out what sources do together (the "
-    "queries and keys of attention), and grow everything from nothing, where a layer norm jumps: there they neither "
-    "estimate removals nor sum to the values, and `circuit_graph` warns. They are for bilinear models."
+    "activations, as a share of their size, what the model makes of constants that are no site's (position embeddings) "
+    "included. Gradients are the default, and what stands in for interventions. Paths answer another question: they "
+    "share out the change from nothing, so that a query and a key split what taking either away would do, and what "
+    "passes a norm counts for more, since the norm divides by less on the way. Where they differ from removals, the "
+    "transformer, that is why, and more steps change nothing."
 )
 
 

@@ -27,7 +27,7 @@ def aggregate(graphs: Iterable[nx.DiGraph], *, positions: bool = False, edges: i
         A graph with the same attributes, but for the names of the top inputs.
 
     Raises:
-        ValueError: For no graphs, graphs of several inputs, or of different decompositions or settings.
+        ValueError: For no graphs, pruned ones, graphs of several inputs, or of different decompositions or settings.
     """
     found = list(graphs)
     if not found:
@@ -44,6 +44,8 @@ def aggregate(graphs: Iterable[nx.DiGraph], *, positions: bool = False, edges: i
                     "only graphs of one decomposition, built in the same way, add up; name outputs= and "
                     "output_positions= where the model has so many that each input shows its own"
                 )
+        if graph.graph["pruning"]:
+            raise ValueError(f"graphs[{i}] has been pruned; add up whole graphs, and prune what they add up to")
         if graph.graph["hidden_edges"]:
             raise ValueError(
                 f"graphs[{i}] leaves out {graph.graph['hidden_edges']} edges, which cannot be added up; build it with "

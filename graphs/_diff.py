@@ -8,6 +8,7 @@ import networkx as nx
 import torch
 from scipy.optimize import linear_sum_assignment
 
+from graphs._select import check_same
 from weightdecomp import Decomposition
 from weightdecomp.engine import Pieces
 
@@ -124,7 +125,12 @@ def match(
 
     Returns:
         Node ids of `before` with those of `after`; every node at most once (Hungarian method, per site).
+
+    Raises:
+        ValueError: For graphs of other decompositions than those.
     """
+    check_same(before, decomposition)
+    check_same(after, other)
     pairs: dict[tuple[str, int], int] = {}
     for path, parts in decomposition.parts.items():
         if path in other.parts and other.site(path).shape == decomposition.site(path).shape:

@@ -7,7 +7,7 @@ import networkx as nx
 import torch
 
 from graphs._run import REGIMES, Damage, Stage, damage, staged
-from graphs._select import Masks, check_same, masks, with_remainders
+from graphs._select import Masks, check_same, check_single, masks, with_remainders
 from weightdecomp import Decomposition
 from weightdecomp.engine import Batch, batch_digest, size, tensors
 
@@ -53,6 +53,7 @@ def score(
         circuit: Miller et al. 2024 (arXiv 2407.08734). Damage and the attack: this package.
     """
     check_same(graph, decomposition)
+    check_budget(steps, restarts)
     stage = stage_for(decomposition, inputs, reference, regimes)
     chosen = _regimes(regimes, stage)
     kept = masks(decomposition, graph, graph.nodes, dict(stage.pieces), stage.record)
@@ -84,10 +85,15 @@ def stage_for(
 
     Raises:
         ValueError: For bad inputs, an unknown regime, or too few reference inputs.
+        TypeError: For a list of batches.
     """
+    if isinstance(regimes, str):
+        raise TypeError(f"expected a list of regimes, got the string {regimes!r}; write [{regimes!r}]")
     for regime in regimes or ():
         if regime not in REGIMES:
             raise ValueError(f"unknown regime {regime!r}; choose from {list(REGIMES)}")
+    for name, one in (("inputs", inputs), ("reference", reference)):
+        check_single(name, one)
     (batch,) = decomposition.read([inputs])
     (other,) = decomposition.read([inputs if reference is None else reference])
     enough = size(other) >= 2
@@ -96,6 +102,17 @@ def stage_for(
             f"mean and resample take values from other inputs, got {size(other)}; pass reference= with two or more"
         )
     return staged(decomposition, with_remainders(decomposition), batch, other if enough else None)
+
+
+def check_budget(steps: int, restarts: int) -> None:
+    """Refuse an attack that takes no step.
+
+    Raises:
+        ValueError: For a number below 1.
+    """
+    for name, one in (("steps", steps), ("restarts", restarts)):
+        if one < 1:
+            raise ValueError(f"{name} of the attack must be at least 1, got {one}")
 
 
 def _regimes(regimes: Sequence[str] | None, stage: Stage) -> Sequence[str]:
