@@ -8,6 +8,7 @@ import networkx as nx
 import torch
 from scipy.optimize import linear_sum_assignment
 
+from graphs._build import SCHEMA_VERSION, package_version
 from graphs._select import check_same
 from weightdecomp import Decomposition
 from weightdecomp.engine import Pieces
@@ -94,7 +95,8 @@ def _finish(found: nx.DiGraph, before: nx.DiGraph, after: nx.DiGraph) -> None:
     }
     found.graph = {
         "schema": "weightdecomp.diff",
-        "schema_version": before.graph.get("schema_version", 1),
+        "schema_version": SCHEMA_VERSION,
+        "package_version": package_version(),
         "decomposition": before.graph.get("decomposition", ""),
         "before": _origin(before),
         "after": _origin(after),

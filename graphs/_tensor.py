@@ -52,7 +52,7 @@ def bilinear_graph(layer: Layer, *, edges: int | None = 10_000) -> nx.DiGraph:
         data = {"kind": "output", "site": "output", "index": o, "layer": 2, "order": 2, "title": f"y{o}"}
         graph.add_node(f"output/{o}", **data, activation=1.0)
     for o, i, j, x in entries:
-        share = abs(x) / (totals[o] + hidden[o])
+        share = float(abs(x) / (totals[o] + hidden[o]))
         pair = f"tensor/{_number(layer, i)}.{_number(layer, j)}"
         graph.add_edge(pair, f"output/{o}", weight=x, share=share, evidence="exact")
     graph.graph.update(

@@ -1,8 +1,10 @@
 """Pruning, scores, modules, paths, diffs and edits of circuit graphs, each against a slow or closed-form answer."""
 
+import json
 from dataclasses import replace
 from inspect import unwrap  # past the checks of types that run in tests alone
 from itertools import pairwise
+from pathlib import Path
 
 import networkx as nx
 import numpy as np
@@ -418,6 +420,37 @@ def test_paths_refuse_unknown_ends():
         graphs.paths(graph, sources="input/0")
     with pytest.raises(ValueError, match="k must be at least 1"):
         graphs.paths(graph, 0)
+
+
+# ---------------------------------------------------------------- attributes
+
+
+def documented(table: str) -> set[str]:
+    """Names in the first column of one of SPEC's tables."""
+    lines = (Path(__file__).parents[1] / "SPEC.md").read_text().partition(f"| {table} |")[2].split("\n\n")[0]
+    return {name for line in lines.splitlines()[2:] for name in line.split("|")[1].strip().split(", ")}
+
+
+def test_every_attribute_is_in_the_tables_and_plain():
+    decomposition, x, graph = example()
+    scored = graphs.modules(graphs.score(graph, decomposition, x, steps=1), seeds=1, nulls=1)
+    some = [
+        scored,
+        graphs.circuit_graph(decomposition, x, collapse=True),
+        graphs.circuit_graph(*example("attention")[:2], positions=True),
+        graphs.circuit_graph(*example("recurrent")[:2]),
+        graphs.diff(graph, graphs.prune(graph, edges=9)),
+        graphs.bilinear_graph(LAYERS["biases"]()),
+    ]
+
+    for one in some:
+        for name, data in [("node attribute", d) for _, d in one.nodes(data=True)] + [
+            ("edge attribute", d) for *_, d in one.edges(data=True)
+        ]:
+            assert data.keys() <= documented(name)
+            assert {type(value) for value in data.values()} <= {int, float, str}
+        assert one.graph.keys() >= {"schema", "schema_version", "package_version"}
+        json.dumps(one.graph, allow_nan=False)
 
 
 # ---------------------------------------------------------------- diff, ablate, edit
