@@ -1,6 +1,7 @@
 """Aggregate: graphs of single inputs added up to the graph of all of them."""
 
 from collections.abc import Iterable
+from hashlib import sha256
 
 import networkx as nx
 import numpy as np
@@ -61,7 +62,8 @@ def aggregate(graphs: Iterable[nx.DiGraph], *, positions: bool = False, edges: i
     for node, data in total.nodes(data=True):
         data |= kept[node]
     counted = {name: total.graph[name] for name in ("hidden_edges", "precision", "rows")}
-    inputs = {"n": len(found), "sha256": "", "positions": positions}
+    joined = "".join(graph.graph["inputs"]["sha256"] for graph in found)
+    inputs = {"n": len(found), "sha256": sha256(joined.encode()).hexdigest(), "positions": positions}
     total.graph.update({**first, **counted, "inputs": inputs, "pruning": [], "scores": []})
     add_influence(total, first["divergence"])
     return total

@@ -232,6 +232,8 @@ def test_an_attack_does_at_least_the_damage_of_zero_ablation():
     assert by_regime["adversarial"]["evidence"] == "counterexample"
     assert by_regime["adversarial"]["budget"] == "40 steps x 3 restarts"
     assert by_regime["stochastic"]["error"] > 0
+    # Whose values stand in is part of the recipe.
+    assert [regime for regime, one in by_regime.items() if "reference" in one] == ["mean", "resample"]
 
 
 def test_scores_are_the_same_for_the_same_seed():
@@ -254,6 +256,9 @@ def test_minimality_is_the_damage_that_one_node_adds():
 
     added = less.graph["scores"][0]["damage"] - scored.graph["scores"][0]["damage"]
     assert scored.nodes[node]["minimality"] == pytest.approx(added, abs=1e-12)
+    every = nx.get_node_attributes(scored, "minimality").values()
+    record = scored.graph["scores"][-1]
+    assert (record["figure"], record["least"], record["most"]) == ("minimality", min(every), max(every))
 
 
 @pytest.mark.parametrize("name", ["attention", "recurrent", "convolution"])
