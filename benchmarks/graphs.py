@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from benchmarks import graph_agreement, graph_methods, graph_sizes
-from benchmarks.report import RESULTS, peak_bytes, provenance, write, write_json
+from benchmarks.report import RESULTS, peak_bytes, provenance, table, write, write_json
 from benchmarks.targets import one_thread
 
 Results = dict[str, dict[str, Any]]  # a record a part
@@ -120,6 +120,33 @@ def markdown(found: Mapping[str, Any]) -> str:
     return "\n\n".join(blocks) + "\n"
 
 
+_SHOWN = (
+    *("build s", "prune s", "score s", "write .graphml s", "read .graphml s", "write .json s", "read .json s"),
+    *("write .html s", "size .html MB"),
+)
+
+
+def summary(found: Mapping[str, Any]) -> list[str]:
+    """The README's tables, of medians alone: times and sizes, and agreement of the default effects."""
+    blocks = []
+    if "sizes" in found:
+        rows = [
+            [size, *(f"{one[name]['median']:.2g}" for name in _SHOWN)]
+            for size, one in found["sizes"]["figures"].items()
+        ]
+        blocks.append(table(["nodes / edges", *_SHOWN], rows))
+    if "agreement" in found:
+        rows = [
+            [
+                model,
+                *(f"{one[f'gradient {name}']['median']:.3f}" for name in ("correlation", "mean error", "worst error")),
+            ]
+            for model, one in found["agreement"]["figures"].items()
+        ]
+        blocks.append(table(["model", "correlation", "mean error", "worst error"], rows))
+    return blocks
+
+
 def _measured(record: Mapping[str, Any]) -> str:
     """Seeds, cost, machine and commit of one part."""
     where, seeds = record["provenance"], record["seeds"]
@@ -145,7 +172,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         failures = run(parts, RESULTS, apart)
     except ValueError as error:
         parser.error(str(error))
-    print(markdown(results(RESULTS / "graphs.json")))
+    found = results(RESULTS / "graphs.json")
+    print("\n\n".join([markdown(found), "For the README:", *summary(found)]))
     return 1 if failures else 0
 
 
