@@ -205,11 +205,11 @@ LEGEND = (
     f"{GRAPHED} held-out inputs with all edges; {STEPS} training steps where there is training. Of a method's grid, "
     "every second setting where it is trained, the one counts that has the fewest active units within the tolerance of "
     "damage .02, else the least damage. Edges that carry 90 and 99 % of the influence on the outputs, of all edges; "
-    "modularity Q, and Q with weights shuffled between the same two layers (most lie below it: strong weights meet at few "
-    "nodes, which join everything, and shuffled ones do not); influence through what the units do not "
-    "explain, sites that the method leaves as they are included; damage of the model run on the units alone; active "
-    "units per row, summed over sites. Random directions: as many active as the weight decomposition has. Starred "
-    f"methods come last: at a damage above {WORKS} their units are no model of the target, and few edges mean little."
+    "modularity Q, and Q with weights shuffled between the same two layers (most lie below it: strong weights meet at "
+    "few nodes, which join everything, and shuffled ones do not); influence through what the units do not explain, "
+    "sites that the method leaves as they are included; damage of the model run on the units alone; active units per "
+    "row, summed over sites. Random directions: as many active as the weight decomposition has. Starred methods come "
+    f"last: at a damage above {WORKS} their units are no model of the target, and few edges mean little."
 )
 
 

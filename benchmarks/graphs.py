@@ -44,9 +44,9 @@ PARTS: dict[str, Kind] = {
 }
 
 
-def measured(part: str, smoke: bool) -> dict[str, Any]:
+def measured(part: str, smoke: bool, n_seeds: int = 3) -> dict[str, Any]:
     """One part's record: its figures, what they cost, and where and how they were measured."""
-    seeds, where, start = [0] if smoke else [0, 1, 2], provenance(), time.process_time()
+    seeds, where, start = list(range(1 if smoke else n_seeds)), provenance(), time.process_time()
     with one_thread():
         figures = PARTS[part].measure(seeds, smoke)
     spent = {"cpu_seconds": time.process_time() - start, "peak_bytes": peak_bytes()}
@@ -99,10 +99,10 @@ def run(parts: Sequence[str], folder: Path, measure: Callable[[str], dict[str, A
     return failures
 
 
-def apart(part: str) -> dict[str, Any]:
+def apart(part: str, n_seeds: int) -> dict[str, Any]:
     """One part, measured in a process of its own."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(measured, part, False).result()
+        return pool.submit(measured, part, False, n_seeds).result()
 
 
 def markdown(found: Mapping[str, Any]) -> str:
@@ -163,13 +163,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--smoke", action="store_true", help="tiny targets, in seconds; prints, and writes nothing")
     parser.add_argument("--only", choices=list(PARTS), help="run this part alone; the others' results stay")
+    parser.add_argument("--seeds", type=int, default=3, help="how many, from 0 on (default 3)")
     given = parser.parse_args(arguments)
+    if given.seeds < 1:
+        parser.error(f"--seeds must be at least 1, got {given.seeds}")
     parts = [given.only] if given.only else list(PARTS)
     if given.smoke:
         print(markdown({part: measured(part, smoke=True) for part in parts}))
         return 0
     try:
-        failures = run(parts, RESULTS, apart)
+        failures = run(parts, RESULTS, lambda part: apart(part, given.seeds))
     except ValueError as error:
         parser.error(str(error))
     found = results(RESULTS / "graphs.json")
