@@ -115,10 +115,10 @@ LEGEND = (
     "Edges against taking the source away in the running model, on single inputs: worst error as a share of the "
     "largest intervention, mean error as a share of their mean size. Unaccounted: what incoming edges leave of the "
     "activations, as a share of their size, what the model makes of constants that are no site's (position embeddings) "
-    "included. Gradients are the default, and what stands in for interventions. Paths answer another question: they "
-    "share out the change from nothing, so that a query and a key split what taking either away would do, and what "
-    "passes a norm counts for more, since the norm divides by less on the way. Where they differ from removals, the "
-    "transformer, that is why, and more steps change nothing."
+    "included. Gradients are the default; on the transformer they miss most where queries and keys drive an attention "
+    "that has made its choice, since a saturated softmax is flat: removals are exact there. Paths answer another "
+    "question: they share out the change from nothing, so that a query and a key split what taking either away would "
+    "do, and what passes a norm counts for more, since the norm divides by less on the way. More steps change nothing."
 )
 
 

@@ -220,6 +220,21 @@ def test_results_that_are_none_are_refused_and_stay(text: str, a_part: dict, tmp
     assert (tmp_path / "graphs.json").read_text() == text
 
 
+def test_the_readme_has_the_figures_of_the_results():
+    readme = (report.ROOT / "README.md").read_text()
+
+    blocks = graph_benchmark.summary(graph_benchmark.results(report.RESULTS / "graphs.json"))
+
+    assert blocks
+    assert all(block in readme for block in blocks)
+
+
+def test_the_table_of_results_is_the_one_of_the_records():
+    found = graph_benchmark.results(report.RESULTS / "graphs.json")
+
+    assert (report.RESULTS / "graphs.md").read_text() == graph_benchmark.markdown(found)
+
+
 def test_a_table_of_methods_has_medians_with_ranges_and_reasons_below():
     names = ["edges_90", "edges_99", "edges", "q", "q_null", "q_excess", "through remainders", "active"]
     runs = {
