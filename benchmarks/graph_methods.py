@@ -29,6 +29,7 @@ from weightdecomp.baselines._ours import as_fitted
 OURS = "weight decomposition"
 GRAPHED = 64  # inputs of a graph
 STEPS = 300  # of training, for every trained method
+WORKS = 0.1  # damage above which the units alone no longer do what the model does
 _HELD_OUT = 256
 
 
@@ -199,15 +200,32 @@ def _figures(case: Case, trial: protocols.Trial, fitted: Fitted, smoke: bool) ->
 # ------------------------------------------------------------ the table
 
 
+LEGEND = (
+    "Every method's units at the same sites of the same model; graphs of "
+    f"{GRAPHED} held-out inputs with all edges; {STEPS} training steps where there is training. Of a method's grid, "
+    "every second setting where it is trained, the one counts that has the fewest active units within the tolerance of "
+    "damage .02, else the least damage. Edges that carry 90 and 99 % of the influence on the outputs, of all edges; "
+    "modularity Q, and Q with weights shuffled between the same two layers (most lie below it: strong weights meet at "
+    "few nodes, which join everything, and shuffled ones do not); influence through what the units do not explain, "
+    "sites that the method leaves as they are included; damage of the model run on the units alone; active units per "
+    "row, summed over sites. Random directions: as many active as the weight decomposition has. Starred methods come "
+    f"last: at a damage above {WORKS} their units are no model of the target, and few edges mean little."
+)
+
+
 def methods_table(found: Mapping[str, Any]) -> str:
-    """One model's methods, fewest edges for 90 % first; those without a graph below, with the reason."""
+    """One model's methods, fewest edges for 90 % first and those that break the model last; reasons of others below."""
     head = ["method", "edges for 90 %", "99 %", "of", "Q", "null", "Q - null", "through remainders", "damage", "active"]
     names = ["edges_90", "edges_99", "edges", "q", "q_null", "q_excess", "through remainders", "damage", "active"]
     forms = [",.0f"] * 3 + [".2f"] * 5 + [".1f"]
     runs = {label: one for label, one in found.items() if not isinstance(one, str)}
-    ordered = sorted(runs, key=lambda label: runs[label]["edges_90"]["median"])
+    broken = {label for label, one in runs.items() if one["damage"]["median"] > WORKS}
+    ordered = sorted(runs, key=lambda label: (label in broken, runs[label]["edges_90"]["median"]))
     rows = [
-        [label, *(ranged(runs[label][name], form) for name, form in zip(names, forms, strict=True))]
+        [
+            f"{label} *" if label in broken else label,
+            *(ranged(runs[label][name], form) for name, form in zip(names, forms, strict=True)),
+        ]
         for label in ordered
     ]
     without = [f"- {label}: {reason}" for label, reason in found.items() if isinstance(reason, str)]

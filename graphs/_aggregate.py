@@ -1,6 +1,7 @@
 """Aggregate: graphs of single inputs added up to the graph of all of them."""
 
 from collections.abc import Iterable
+from hashlib import sha256
 
 import networkx as nx
 import numpy as np
@@ -27,7 +28,7 @@ def aggregate(graphs: Iterable[nx.DiGraph], *, positions: bool = False, edges: i
         A graph with the same attributes, but for the names of the top inputs.
 
     Raises:
-        ValueError: For no graphs, graphs of several inputs, or of different decompositions or settings.
+        ValueError: For no graphs, pruned ones, graphs of several inputs, or of different decompositions or settings.
     """
     found = list(graphs)
     if not found:
@@ -44,6 +45,8 @@ def aggregate(graphs: Iterable[nx.DiGraph], *, positions: bool = False, edges: i
                     "only graphs of one decomposition, built in the same way, add up; name outputs= and "
                     "output_positions= where the model has so many that each input shows its own"
                 )
+        if graph.graph["pruning"]:
+            raise ValueError(f"graphs[{i}] has been pruned; add up whole graphs, and prune what they add up to")
         if graph.graph["hidden_edges"]:
             raise ValueError(
                 f"graphs[{i}] leaves out {graph.graph['hidden_edges']} edges, which cannot be added up; build it with "
@@ -59,7 +62,8 @@ def aggregate(graphs: Iterable[nx.DiGraph], *, positions: bool = False, edges: i
     for node, data in total.nodes(data=True):
         data |= kept[node]
     counted = {name: total.graph[name] for name in ("hidden_edges", "precision", "rows")}
-    inputs = {"n": len(found), "sha256": "", "positions": positions}
+    joined = "".join(graph.graph["inputs"]["sha256"] for graph in found)
+    inputs = {"n": len(found), "sha256": sha256(joined.encode()).hexdigest(), "positions": positions}
     total.graph.update({**first, **counted, "inputs": inputs, "pruning": [], "scores": []})
     add_influence(total, first["divergence"])
     return total

@@ -10,7 +10,8 @@ A component that is not shown belongs to its site's remainder, so nothing is lef
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any
+from operator import index
+from typing import Any, SupportsIndex
 
 import networkx as nx
 import torch
@@ -56,8 +57,8 @@ def circuit_graph(
     effects: str = "gradient",
     steps: int = 8,
     positions: bool | None = None,
-    outputs: Sequence[int] | None = None,
-    output_positions: Sequence[int] | None = None,
+    outputs: Sequence[SupportsIndex] | None = None,
+    output_positions: Sequence[SupportsIndex] | None = None,
     edges: int | None = 100_000,
     input_titles: Titles | None = None,
     output_titles: Titles | None = None,
@@ -77,7 +78,8 @@ def circuit_graph(
         units: Another method's units in place of the components, as `weightdecomp.baselines` fits them on the
             decomposition's target and sites; gates are what the method says.
         effects: "gradient" (gradient times contribution; exact where the way to the target is linear in the source),
-            "path" (averaged while all sources grow from nothing to what they are, so that they sum to the value) or
+            "path" (averaged while all sources grow from nothing to what they are, so that they sum to the value; not
+            through a norm of its input, which jumps at nothing: there it warns) or
             "removal" (an intervention for every source: a pass of the model each).
         steps: Points of the path.
         positions: Keep positions apart; None does so for a single input only.
@@ -92,17 +94,23 @@ def circuit_graph(
 
     Raises:
         ValueError: For bad inputs, an output index out of range, or a model whose order cannot be traced.
+        TypeError: For what is no decomposition.
 
     Source:
         Attribution with everything else held: param-decomp (2026) and circuit-tracer (Ameisen et al. 2025); the
         cut at sites, the account and the statistics are ours.
     """
+    if not isinstance(decomposition, Decomposition):
+        kind = type(decomposition).__name__
+        raise TypeError(f"expected a Decomposition, got {kind}; weightdecomp.decompose makes one of a model")
     if effects not in EFFECTS:
         raise ValueError(f"effects must be one of {list(EFFECTS)}, got {effects!r}")
     if components not in ("open", "all"):
         raise ValueError(f"components must be 'open' or 'all', got {components!r}")
     if steps < 1:
         raise ValueError(f"steps must be at least 1, got {steps}")
+    if edges is not None and edges < 0:
+        raise ValueError(f"edges must be at least 0 or None, got {edges}")
     if collapse and units is not None:
         raise ValueError("collapse joins components of circuits, which units of another method have not; leave one out")
     batches = decomposition.read(inputs if isinstance(inputs, list) else [inputs])
@@ -165,9 +173,9 @@ def _chunks(batches: Sequence[Batch], probe: Trace) -> Iterator[Batch]:
     if any(len(event.rows) != 1 for event in probe.events):
         most = 1
     for batch in batches:
-        index = torch.arange(size(batch), device=tensors(batch)[0].device)
-        for part in index.split(most):
-            yield batch if len(part) == len(index) else select(batch, part)
+        rows = torch.arange(size(batch), device=tensors(batch)[0].device)
+        for part in rows.split(most):
+            yield batch if len(part) == len(rows) else select(batch, part)
 
 
 def _free(name: str, decomposition: Decomposition) -> str:
@@ -181,20 +189,16 @@ def _free(name: str, decomposition: Decomposition) -> str:
 def _outputs(
     decomposition: Decomposition,
     batches: Sequence[Batch],
-    outputs: Sequence[int] | None,
-    positions: Sequence[int] | None,
+    outputs: Sequence[SupportsIndex] | None,
+    positions: Sequence[SupportsIndex] | None,
     apart: bool,
 ) -> tuple[list[int], list[int] | None]:
     """Output indices and positions to show."""
     found = output_tensor(call(decomposition.target, batches[0]))
     width, n_positions = found.shape[-1], found[0, ..., 0].numel()
-    for name, given, limit in (("outputs", outputs, width), ("output_positions", positions, n_positions)):
-        for one in given or ():
-            if isinstance(one, bool) or not isinstance(one, int) or not -limit <= one < limit:
-                raise ValueError(f"{name}: {one!r} is out of range; the model has {limit}, numbered 0 to {limit - 1}")
-    at = None if positions is None else sorted({one % n_positions for one in positions})
+    at = None if positions is None else _numbers("output_positions", positions, n_positions)
     if outputs is not None:
-        chosen = sorted({one % width for one in outputs})
+        chosen = _numbers("outputs", outputs, width)
     elif width <= _MOST_OUTPUTS:
         chosen = list(range(width))
     else:
@@ -205,6 +209,25 @@ def _outputs(
     if at is None and n_positions * len(chosen) > _MOST_OUTPUTS and n_positions > 1 and apart:
         at = [n_positions - 1]
     return chosen, at
+
+
+def _numbers(name: str, given: Sequence[SupportsIndex], limit: int) -> list[int]:
+    """Numbers below a limit, each once; negative ones count from the end.
+
+    Raises:
+        ValueError: For none, or one that is out of range.
+        TypeError: For what is no list of integers.
+    """
+    try:
+        found = [index(one) for one in given]
+    except TypeError as error:
+        raise TypeError(f"{name} must be a list of integers, got {given!r}") from error
+    if not found:
+        raise ValueError(f"{name} is empty; name one at least, or leave it out")
+    for one, own in zip(given, found, strict=True):
+        if isinstance(one, bool) or not -limit <= own < limit:
+            raise ValueError(f"{name}: {one!r} is out of range; the model has {limit}, numbered 0 to {limit - 1}")
+    return sorted({one % limit for one in found})
 
 
 def _add_layers(graph: nx.DiGraph, probe: Trace, decomposition: Decomposition) -> None:
@@ -230,16 +253,12 @@ def _about(
     collapse: bool,
 ) -> dict[str, Any]:
     """The graph's own attributes."""
-    try:
-        package = version("weightdecomp")
-    except PackageNotFoundError:
-        package = "unknown"
     tokens = [x for x in tensors(batches[0]) if not x.is_floating_point()]
     single = {"tokens": tokens[0].flatten().tolist()} if n_inputs == 1 and tokens else {}
     return {
         "schema": "weightdecomp.graph",
         "schema_version": SCHEMA_VERSION,
-        "package_version": package,
+        "package_version": package_version(),
         "model": tensor_digest(decomposition.target.state_dict()),
         "decomposition": fingerprint(decomposition),
         "inputs": {"n": n_inputs, "sha256": batch_digest(batches), "positions": positions, **single},
@@ -251,6 +270,14 @@ def _about(
         "pruning": [],
         "scores": [],
     }
+
+
+def package_version() -> str:
+    """Version of the installed package."""
+    try:
+        return version("weightdecomp")
+    except PackageNotFoundError:
+        return "unknown"
 
 
 def fingerprint(decomposition: Decomposition) -> str:

@@ -8,6 +8,8 @@ import networkx as nx
 import torch
 from scipy.optimize import linear_sum_assignment
 
+from graphs._build import SCHEMA_VERSION, package_version
+from graphs._select import check_same
 from weightdecomp import Decomposition
 from weightdecomp.engine import Pieces
 
@@ -93,7 +95,8 @@ def _finish(found: nx.DiGraph, before: nx.DiGraph, after: nx.DiGraph) -> None:
     }
     found.graph = {
         "schema": "weightdecomp.diff",
-        "schema_version": before.graph.get("schema_version", 1),
+        "schema_version": SCHEMA_VERSION,
+        "package_version": package_version(),
         "decomposition": before.graph.get("decomposition", ""),
         "before": _origin(before),
         "after": _origin(after),
@@ -124,7 +127,12 @@ def match(
 
     Returns:
         Node ids of `before` with those of `after`; every node at most once (Hungarian method, per site).
+
+    Raises:
+        ValueError: For graphs of other decompositions than those.
     """
+    check_same(before, decomposition)
+    check_same(after, other)
     pairs: dict[tuple[str, int], int] = {}
     for path, parts in decomposition.parts.items():
         if path in other.parts and other.site(path).shape == decomposition.site(path).shape:

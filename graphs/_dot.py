@@ -7,10 +7,12 @@ from typing import Any
 import networkx as nx
 
 _DRAWN = ("label", "style", "penwidth")  # what only the picture needs
-_QUOTED, _BARE = r'"(?:[^"\\]|\\.)*"', r'[^\s"\[\]{};=,>]+?(?=\s|[\[\]{};=,]|->|$)'
-_TOKEN = re.compile(rf"\s*(?:({_QUOTED})|({_BARE})|(->|[\[\]{{}};=,]))", re.DOTALL)
+_WORD = r'("[^"\\]*(?:\\.[^"\\]*)*"|(?:[^\s"\[\]{};=,>-]|-(?!>))+)'
+_BEGIN = re.compile(rf"\s*digraph\b\s*{_WORD}?\s*{{")
+_STATEMENT = re.compile(rf"\s*{_WORD}(?:\s*->\s*{_WORD})?\s*(\[)?", re.DOTALL)
+_PAIR = re.compile(rf"\s*{_WORD}\s*=\s*{_WORD}\s*,?", re.DOTALL)
+_CLOSE, _NEXT, _END = re.compile(r"\s*\]"), re.compile(r"[\s;]*"), re.compile(r"\s*}")
 _ESCAPE = re.compile(r"\\(.)", re.DOTALL)
-_IS_QUOTED, _IS_BARE = 1, 2  # groups of a token
 _WIDEST = 4.0  # points
 
 
@@ -42,58 +44,21 @@ def _quoted(value: str) -> str:
 
 def read_dot(data: bytes) -> nx.DiGraph:
     """Read what `dot` wrote; of other DOT files the plain subset with one statement a node or edge."""
-    words = _words(data.decode())
-    if words[:1] != [("digraph", "bare")]:
+    text = data.decode()
+    begin = _BEGIN.match(text)
+    if begin is None:
         raise ValueError("the file does not begin with 'digraph'")
-    graph, at = nx.DiGraph(), next((i for i, word in enumerate(words) if word == ("{", "mark")), len(words)) + 1
-    try:
-        while words[at] != ("}", "mark"):
-            at = _statement(graph, words, at)
-    except IndexError:
-        raise ValueError("the file ends before the closing brace") from None
+    graph, at = nx.DiGraph(), begin.end()
+    while not _END.match(text, at):
+        at = _statement(graph, text, at)
     return graph
 
 
-Word = tuple[Any, str]  # a value, and whether it was "quoted", "bare" or a "mark"
-
-
-def _words(text: str) -> list[Word]:
-    found: list[Word] = []
-    at, text = 0, text.rstrip()
-    for match in _TOKEN.finditer(text):
-        if match.start() != at:
-            break
-        kind, at = match.lastindex, match.end()
-        assert kind is not None
-        word = match[kind]
-        if kind == _IS_QUOTED:
-            # Most strings hold no escape.
-            found.append((_ESCAPE.sub(r"\1", word[1:-1]) if "\\" in word else word[1:-1], "quoted"))
-        else:
-            found.append((_bare(word), "bare") if kind == _IS_BARE else (word, "mark"))
-    if at < len(text):
-        raise ValueError(f"the file is not DOT at {text[at : at + 20]!r}")
-    return found
-
-
-def _bare(word: str) -> Any:
-    if word in ("true", "false"):
-        return word == "true"
-    for kind in (int, float):
-        try:
-            return kind(word)
-        except ValueError:
-            continue
-    return word
-
-
-def _statement(graph: nx.DiGraph, words: list[Word], at: int) -> int:
+def _statement(graph: nx.DiGraph, text: str, at: int) -> int:
     """Read one node, edge or list of attributes of the graph, and return where the next begins."""
-    (first, kind), at = words[at], at + 1
-    name, target = str(first), None
-    if words[at] == ("->", "mark"):
-        target, at = str(words[at + 1][0]), at + 2
-    data, at = _attributes(words, at)
+    head = _matched(_STATEMENT, text, at)
+    data, at = _attributes(text, head.end()) if head[3] else ({}, head.end())
+    name, target = str(_read(head[1])), None if head[2] is None else str(_read(head[2]))
     if target is not None:
         if graph.has_edge(name, target):
             raise ValueError(f"two edges lead from {name!r} to {target!r}")
@@ -101,27 +66,40 @@ def _statement(graph: nx.DiGraph, words: list[Word], at: int) -> int:
             if end not in graph:
                 raise ValueError(f"edge {name!r} -> {target!r} leads to no node {end!r}")
         graph.add_edge(name, target, **data)
-    elif kind == "bare" and name in ("graph", "node", "edge"):
+    elif head[1] in ("graph", "node", "edge"):
         graph.graph.update(json.loads(data["document"]) if "document" in data else {})
     elif name in graph:
         raise ValueError(f"two nodes have the id {name!r}")
     else:
         graph.add_node(name, **data)
-    return at
+    return _matched(_NEXT, text, at).end()
 
 
-def _attributes(words: list[Word], at: int) -> tuple[dict[str, Any], int]:
+def _attributes(text: str, at: int) -> tuple[dict[str, Any], int]:
     data: dict[str, Any] = {}
-    if words[at] == ("[", "mark"):
-        at += 1
-        while words[at] != ("]", "mark"):
-            if words[at + 1] != ("=", "mark"):
-                raise ValueError(f"attribute {words[at][0]!r} has no value")
-            data[str(words[at][0])] = words[at + 2][0]
-            at += 3
-            at += words[at] == (",", "mark")
-        at += 1
-    at += words[at] == (";", "mark")
+    while pair := _PAIR.match(text, at):
+        data[str(_read(pair[1]))], at = _read(pair[2]), pair.end()
     for name in _DRAWN:
         data.pop(name, None)
-    return data, at
+    return data, _matched(_CLOSE, text, at).end()
+
+
+def _matched(pattern: re.Pattern[str], text: str, at: int) -> re.Match[str]:
+    found = pattern.match(text, at)
+    if found is None:
+        rest = text[at : at + 20].strip()
+        raise ValueError(f"the file is not DOT at {rest!r}" if rest else "the file ends before the closing brace")
+    return found
+
+
+def _read(word: str) -> Any:
+    """A word's value: a string where it stands in quotes, else a number if it is one."""
+    if word[0] == '"':
+        # Most strings hold no escape.
+        return _ESCAPE.sub(r"\1", word[1:-1]) if "\\" in word else word[1:-1]
+    if word in ("true", "false"):
+        return word == "true"
+    try:
+        return int(word) if word.removeprefix("-").isdigit() else float(word)
+    except ValueError:
+        return word

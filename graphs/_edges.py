@@ -1,5 +1,6 @@
 """Edges: effects of all sources of a pass on all its targets, by gradients; interventions are in `_removal`."""
 
+import warnings
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -9,10 +10,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from graphs._columns import FeedSources, Key, token_feed
-from graphs._scene import FIRST_FEED, Scene, Targets, readout
+from graphs._scene import FIRST_FEED, Scene, Targets, readout, values_in
 from graphs._trace import Trace
+from weightdecomp import NumericalWarning
 
 _AT_ONCE = 1 << 23  # numbers in the gradients of one call of autograd
+_MISSED = 0.01  # of the change from nothing that a path may miss without a warning
 
 
 class Block(NamedTuple):
@@ -40,7 +43,8 @@ def by_gradient(scene: Scene) -> Iterator[Block]:
 def by_path(scene: Scene, steps: int) -> Iterator[Block]:
     """Effects averaged while all sources are scaled from nothing to what they are (Gauss-Legendre nodes).
 
-    They sum to the target's change from nothing, exactly where that is a polynomial of a degree below 2 x steps.
+    They sum to the target's change from nothing, exactly where that is a polynomial of a degree below 2 x steps, and
+    not where it jumps at nothing, as a norm does; a warning says so.
     Source: Aumann-Shapley values; integrated gradients (Sundararajan et al. 2017), taken over all sources at once.
     """
     nodes, weights = np.polynomial.legendre.leggauss(steps)
@@ -50,7 +54,35 @@ def by_path(scene: Scene, steps: int) -> Iterator[Block]:
         # Gradients are taken at leaves that are scaled afterwards.
         passes.append(Pass(trace, _scaled_targets(scene, trace), float(weight / node)))
     yield from looked_up(scene)
-    yield from _graded(scene, passes)
+    summed = [torch.zeros_like(own.values) for own in scene.targets]
+    number = {key: (k, i) for k, own in enumerate(scene.targets) for i, key in enumerate(own.keys)}
+    for block in _graded(scene, passes):
+        k, first = number[block.targets[0]]
+        summed[k][:, first : first + len(block.targets)] += block.weights.sum(-1).T
+        yield block
+    _check_reached(scene, summed, scene.again(held, 0.0))
+
+
+def _check_reached(scene: Scene, summed: Sequence[Tensor], nothing: Trace) -> None:
+    """Warn where effects along a path do not sum to the change from nothing."""
+    missed, changed = [], []
+    for k, own in enumerate(scene.targets):
+        # A lookup does not follow its token's path.
+        if k < len(scene.trace.events) and token_feed(scene.trace.events[k], scene.trace.feeds) is not None:
+            continue
+        change = own.values - values_in(scene, nothing, k)
+        missed.append(float((change - summed[k]).abs().sum()))
+        changed.append(float(change.abs().sum()))
+    share = sum(missed) / max(sum(changed), 1e-300)
+    if share > _MISSED:
+        worst = missed.index(max(missed))
+        name = scene.trace.events[worst].site.path if worst < len(scene.trace.events) else "output"
+        warnings.warn(
+            f"effects along a path miss {share:.0%} of the change from nothing, most of it at {name!r}: a norm jumps "
+            "at nothing, or steps= are too few. There they are no estimate; use effects='gradient' or 'removal'",
+            NumericalWarning,
+            stacklevel=3,
+        )
 
 
 def _products(output: Tensor, leaves: Sequence[Tensor], seeds: Tensor) -> Sequence[Tensor]:

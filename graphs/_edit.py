@@ -8,7 +8,7 @@ import networkx as nx
 import torch
 from torch import nn
 
-from graphs._select import check_same, known, masks, part, with_remainders
+from graphs._select import check_same, check_single, known, masks, part, with_remainders
 from weightdecomp import Decomposition
 from weightdecomp.engine import Batch, Parts, Pieces, Selection, masked, recorded
 
@@ -24,8 +24,10 @@ def ablate(graph: nx.DiGraph, ids: Iterable[str], decomposition: Decomposition, 
 
     Raises:
         ValueError: For unknown ids, inputs and outputs (which cannot be ablated), or another decomposition.
+        TypeError: For a list of batches.
     """
     check_same(graph, decomposition)
+    check_single("inputs", inputs)
     chosen = known(graph, ids)
     for node in chosen:
         if part(decomposition, node, graph.nodes[node]) is None:

@@ -13,7 +13,10 @@ def topological(graph: nx.DiGraph) -> list[str]:
 
     Raises:
         ValueError: If there is a cycle, naming the edge that closes it.
+        TypeError: For an undirected graph.
     """
+    if not graph.is_directed():
+        raise TypeError(f"expected a networkx.DiGraph, got {type(graph).__name__}; a circuit's edges have a direction")
     try:
         return list(nx.topological_sort(graph))
     except nx.NetworkXUnfeasible:

@@ -43,8 +43,10 @@ def modules(
     Source:
         Blondel et al. 2008 (networkx's implementation); Hubert and Arabie 1985; the layered null is ours.
     """
-    if not resolutions or seeds < 1 or nulls < 0:
-        raise ValueError(f"modules needs a resolution and a seed, got {list(resolutions)} and {seeds}")
+    if not resolutions or min(resolutions) <= 0:
+        raise ValueError(f"resolutions must be one positive number or more, got {list(resolutions)}")
+    if seeds < 1 or nulls < 0:
+        raise ValueError(f"modules needs at least one seed and no fewer than 0 nulls, got {seeds} and {nulls}")
     found = nx.DiGraph(graph)
     found.graph = dict(graph.graph)
     plain = undirected(graph)

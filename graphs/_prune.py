@@ -9,7 +9,7 @@ import torch
 from graphs._influence import edge_shares, influences
 from graphs._run import REGIMES, Stage
 from graphs._run import damage as damage_of
-from graphs._score import stage_for
+from graphs._score import check_budget, stage_for
 from graphs._select import check_same, masks
 from graphs._tally import add_accounts
 from weightdecomp import Decomposition
@@ -83,6 +83,7 @@ def prune(
     if regime not in REGIMES:
         raise ValueError(f"unknown regime {regime!r}; choose from {list(REGIMES)}")
     check_same(graph, decomposition)
+    check_budget(steps, restarts)
     stage, budget = stage_for(decomposition, inputs, reference, [regime]), (steps, restarts)
     recipe = {"by": "damage", "limit": damage, "regime": regime, "seed": seed}
     recipe |= {"steps": steps, "restarts": restarts} if regime == "adversarial" else {}

@@ -8,9 +8,8 @@ from torch import Tensor
 
 from graphs._columns import Columns, FeedSources, SiteSources
 from graphs._edges import Block, by_gradient, looked_up
-from graphs._scene import FIRST_FEED, Scene, Targets
-from graphs._trace import Trace, by_position
-from weightdecomp.engine import Batch, Pieces
+from graphs._scene import FIRST_FEED, Scene, values_in
+from weightdecomp.engine import Batch
 
 
 def by_removal(scene: Scene) -> Iterator[Block]:
@@ -37,7 +36,7 @@ def _removed_at_site(scene: Scene, held: Sequence[Tensor], i: int, columns: Colu
         other[i] = (held[i].reshape(parts.rows.shape) - _contribution(parts, column)).reshape(held[i].shape)
         trace = scene.again(other)
         for k in affected:
-            changes[k].append(scene.targets[k].values - _values(scene, trace, k))
+            changes[k].append(scene.targets[k].values - values_in(scene, trace, k))
     for k in affected:
         weights = torch.stack(changes[k], -1).transpose(0, 1)
         yield Block(scene.targets[k].keys, columns.keys, weights)
@@ -60,30 +59,6 @@ def _contribution(parts: SiteSources, column: int) -> Float[Tensor, "input posit
     only = torch.zeros_like(rows)
     only[:, position] = rows[:, position]
     return only
-
-
-def _values(scene: Scene, trace: Trace, k: int) -> Float[Tensor, "input target"]:
-    """Activations of an event's targets in another pass."""
-    own = scene.targets[k]
-    if k == len(trace.events):
-        now = by_position(trace.output.detach(), scene.n)
-    else:
-        event = trace.events[k]
-        now = by_position(event.inner.detach(), scene.n)
-        pieces = scene.units[event.site.path].pieces
-        if not pieces.rank_one:
-            return _norms(own, pieces, now, scene, k)
-    seeds = own.seeds(0, len(own.keys)).reshape(len(own.keys), *now.shape)
-    return (seeds * now).sum((2, 3)).T
-
-
-def _norms(own: Targets, pieces: Pieces, now: Tensor, scene: Scene, k: int) -> Float[Tensor, "input target"]:
-    event = scene.trace.events[k]
-    sizes = pieces.activations(now) * scene.shown[event.site.path][event.call]
-    component = torch.tensor([key.number for key in own.keys])
-    if not scene.positions:
-        return sizes.sum(1)[:, component]
-    return sizes[:, torch.tensor([key.position or 0 for key in own.keys]), component]
 
 
 def _removed_feeds(scene: Scene, held: Sequence[Tensor], i: int, columns: Columns) -> Iterator[Block]:
@@ -109,7 +84,7 @@ def _removed_feeds(scene: Scene, held: Sequence[Tensor], i: int, columns: Column
         batch = _with(scene.batch, x, _back(value, x, parts.feature_axis))
         trace = scene.again(held, batch=batch)
         for k in affected:
-            changes[k].append(scene.targets[k].values - _values(scene, trace, k))
+            changes[k].append(scene.targets[k].values - values_in(scene, trace, k))
     for k in affected:
         yield Block(scene.targets[k].keys, columns.keys, torch.stack(changes[k], -1).transpose(0, 1))
 

@@ -10,7 +10,8 @@
 
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
 import networkx as nx
@@ -45,19 +46,17 @@ def sanitise(graph: nx.Graph, *, nonfinite: str = "error") -> nx.DiGraph:
     clean = _Cleaner(nonfinite == "omit")
     ids = _ids(graph)
     found = nx.DiGraph()
-    nodes = [(ids[node], clean.attributes(data, f"node {node!r}")) for node, data in graph.nodes(data=True)]
+    nodes = [(ids[node], clean.attributes(data, (node,))) for node, data in graph.nodes(data=True)]
     edges = [
-        (ids[source], ids[target], clean.attributes(data, f"edge {source!r} -> {target!r}"))
+        (ids[source], ids[target], clean.attributes(data, (source, target)))
         for source, target, data in graph.edges(data=True)
     ]
-    _unify((data for _, data in nodes), [f"node {node!r}" for node in graph])
+    _unify([data for _, data in nodes], [(node,) for node in graph])
     # GEXF has one type for an edge's weight.
-    _unify((data for *_, data in edges), [f"edge {source!r} -> {target!r}" for source, target in graph.edges], "weight")
+    _unify([data for *_, data in edges], list(graph.edges), "weight")
     found.add_nodes_from(nodes)
     found.add_edges_from(edges)
-    found.graph.update(
-        {_name(key): clean.json(value, f"graph attribute {key!r}") for key, value in graph.graph.items()}
-    )
+    found.graph.update({_name(key): clean.json(value, (), key) for key, value in graph.graph.items()})
     if clean.omitted:
         found.graph["omitted"] = clean.omitted + found.graph.get("omitted", 0)
     return found
@@ -81,11 +80,22 @@ def _ids(graph: nx.DiGraph) -> dict[Any, str]:
     return ids
 
 
+# Typed, as 1 and True are names of their own.
+@lru_cache(maxsize=1024, typed=True)
 def _name(name: object) -> str:
+    """What an attribute is called in a file."""
     found = text(str(name))
     if not found:
         raise ValueError("an attribute has an empty name; give it a name")
     return f"{found}_" if found in RESERVED else found
+
+
+Place = tuple[Any, ...]  # a node, the ends of an edge, or nothing for the graph itself
+
+
+def _said(place: Place) -> str:
+    """A place in words; made only where there is a mistake."""
+    return ("the graph", "node {!r}", "edge {!r} -> {!r}")[len(place)].format(*place)
 
 
 class _Cleaner:
@@ -94,21 +104,23 @@ class _Cleaner:
     def __init__(self, omit: bool) -> None:
         self.omit, self.omitted = omit, 0
 
-    def attributes(self, data: Mapping[Any, Any], where: str) -> dict[str, Any]:
+    def attributes(self, data: Mapping[Any, Any], place: Place) -> dict[str, Any]:
         """Plain attributes of one node or edge."""
         found: dict[str, Any] = {}
         for key, value in data.items():
-            name, plain = _name(key), self.json(value, f"{key!r} of {where}")
+            # Most values are plain numbers.
+            is_plain = type(value) is int or (type(value) is float and math.isfinite(value))
+            name, plain = _name(key), value if is_plain else self.json(value, place, key)
             if plain is None or plain == "":
                 continue
             if isinstance(plain, list | dict):
                 name, plain = f"{name}_json", json.dumps(plain)
             if name in found:
-                raise ValueError(f"two attributes of {where} are called {name!r} in a file; rename one")
+                raise ValueError(f"two attributes of {_said(place)} are called {name!r} in a file; rename one")
             found[name] = plain
         return found
 
-    def json(self, value: Any, where: str) -> Any:
+    def json(self, value: Any, place: Place, key: object) -> Any:
         """A value of JSON; None stands for nothing."""
         if isinstance(value, Tensor):
             value = value.detach().cpu()
@@ -120,46 +132,47 @@ class _Cleaner:
         if isinstance(value, int):
             return int(value)
         if isinstance(value, float):
-            return self._finite(float(value), where)
+            return self._finite(float(value), place, key)
         if isinstance(value, str):
             return text(str(value))
         if isinstance(value, Mapping):
-            return {text(str(key)): self.json(one, where) for key, one in value.items()}
+            return {text(str(name)): self.json(one, place, key) for name, one in value.items()}
         if isinstance(value, list | tuple | set | frozenset):
             every = sorted(value, key=repr) if isinstance(value, set | frozenset) else value
-            return [self.json(one, where) for one in every]
+            return [self.json(one, place, key) for one in every]
+        kind = type(value).__name__
         raise TypeError(
-            f"{where} is a {type(value).__name__}, which files cannot hold; use numbers, strings, lists or dicts"
+            f"{key!r} of {_said(place)} is a {kind}, which files cannot hold; use numbers, strings, lists or dicts"
         )
 
-    def _finite(self, value: float, where: str) -> float | None:
+    def _finite(self, value: float, place: Place, key: object) -> float | None:
         if math.isfinite(value):
             return value
         if not self.omit:
+            where = f"{key!r} of {_said(place)}"
             raise ValueError(f"{where} is {value}; repair it, or leave such attributes out with nonfinite='omit'")
         self.omitted += 1
         return None
 
 
-def _unify(attributes: Iterable[dict[str, Any]], names: list[str], real: str = "") -> None:
+def _unify(every: Sequence[dict[str, Any]], places: Sequence[Place], real: str = "") -> None:
     """One type for each attribute name; that of `real` is float."""
-    every = list(attributes)
     types: dict[str, dict[type, int]] = {}
     for i, data in enumerate(every):
         for name, value in data.items():
             types.setdefault(name, {}).setdefault(type(value), i)
     for name, found in types.items():
         if found.keys() == {int, float} or (name == real and found.keys() == {int}):
-            _to_float(every, name, names)
+            _to_float(every, name, places)
         elif len(found) > 1 or (name == real and found.keys() != {float}):
-            kinds = ", ".join(f"{kind.__name__} on {names[i]}" for kind, i in found.items())
+            kinds = ", ".join(f"{kind.__name__} on {_said(places[i])}" for kind, i in found.items())
             raise ValueError(f"attribute {name!r} must have one type{' of number' * (name == real)}, got {kinds}")
 
 
-def _to_float(every: list[dict[str, Any]], name: str, names: list[str]) -> None:
-    for data, where in zip(every, names, strict=True):
+def _to_float(every: Sequence[dict[str, Any]], name: str, places: Sequence[Place]) -> None:
+    for data, place in zip(every, places, strict=True):
         if name in data:
             try:
                 data[name] = float(data[name])
             except OverflowError as error:
-                raise ValueError(f"{name!r} of {where} is too large for a float") from error
+                raise ValueError(f"{name!r} of {_said(place)} is too large for a float") from error

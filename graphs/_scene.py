@@ -188,3 +188,28 @@ def _output_targets(output: Tensor, n: int, choice: Choice) -> Targets:
 
     shown = [values[:, p, o] if p is not None else values[:, :, o] @ kept for p, o in places]
     return Targets(keys, torch.stack(shown, 1) if shown else values.new_zeros(n, 0), seeds)
+
+
+def values_in(scene: Scene, trace: Trace, k: int) -> Float[Tensor, "input target"]:
+    """Activations of an event's targets in another pass."""
+    own = scene.targets[k]
+    if k == len(trace.events):
+        now = by_position(trace.output.detach(), scene.n)
+    else:
+        event = trace.events[k]
+        now = by_position(event.inner.detach(), scene.n)
+        pieces = scene.units[event.site.path].pieces
+        if not pieces.rank_one:
+            return _norms(own, pieces, now, scene, k)
+    seeds = own.seeds(0, len(own.keys)).reshape(len(own.keys), *now.shape)
+    return (seeds * now).sum((2, 3)).T
+
+
+def _norms(own: Targets, pieces: Pieces, now: Tensor, scene: Scene, k: int) -> Float[Tensor, "input target"]:
+    event = scene.trace.events[k]
+    sizes = pieces.activations(now) * scene.shown[event.site.path][event.call]
+    component = torch.tensor([key.number for key in own.keys], dtype=torch.long)
+    if not scene.positions:
+        return sizes.sum(1)[:, component]
+    position = torch.tensor([key.position or 0 for key in own.keys], dtype=torch.long)
+    return sizes[:, position, component]

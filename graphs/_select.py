@@ -46,6 +46,18 @@ def known(graph: nx.DiGraph, ids: Iterable[str]) -> list[str]:
     return found
 
 
+def check_single(name: str, inputs: object) -> None:
+    """Refuse a list of batches where one is run.
+
+    Raises:
+        TypeError: For a list.
+    """
+    if isinstance(inputs, list):
+        raise TypeError(
+            f"{name} must be one batch, got a list of {len(inputs)}; pass one of them, or all of them joined"
+        )
+
+
 class Part(NamedTuple):
     """Where a node's components are.
 

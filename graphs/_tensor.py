@@ -3,53 +3,48 @@
 import networkx as nx
 import numpy as np
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
-from graphs._build import SCHEMA_VERSION
+from bilinear import Layer
+from graphs._build import SCHEMA_VERSION, package_version
 from graphs._influence import influences
 from weightdecomp.engine import tensor_digest
 
 _AT_ONCE = 1 << 24  # entries in memory
+_ONE = "one"  # the constant coordinate
 
 
-def bilinear_graph(
-    w: Float[Tensor, "hidden d_in"],
-    v: Float[Tensor, "_ _"],
-    d: Float[Tensor, "d_out _"],
-    *,
-    edges: int | None = 10_000,
-) -> nx.DiGraph:
-    """The graph of y = d((w x) * (v x)), without any data.
+def bilinear_graph(layer: Layer, *, edges: int | None = 10_000) -> nx.DiGraph:
+    """The graph of a bilinear layer, without any data.
 
-    y_o is the sum over pairs i <= j of B[o, i, j] x_i x_j, with B[o, i, j] = sum_h d[o, h] (w[h, i] v[h, j] + w[h, j]
-    v[h, i]) and half of that on the diagonal. A pair is a node "tensor/i.j"; its edges to the outputs are the entries
-    of B, and its two inputs enter it with weight 1.
+    In the layer's coordinates x~ every output is the sum over pairs i <= j of B[o, i, j] x~_i x~_j, with B[o, i, j] =
+    sum_h d[o, h] (w[h, i] v[h, j] + w[h, j] v[h, i]) and half of that on the diagonal. A pair is a node "tensor/i.j"
+    of input numbers; its edges to the outputs are the entries of B, and what it multiplies enters it with weight 1.
+    Biases and a skip path are pairs with the constant 1, which is the node "input/one". Behind a norm the inputs are
+    normalised ones.
 
     Args:
-        w: One factor of the layer.
-        v: The other factor.
-        d: What is written.
+        layer: The layer; `bilinear.read(module)` reads it, `bilinear.Layer(w, v, d)` takes matrices.
         edges: Largest number of entries kept, those of largest size; None keeps all that are not 0.
 
     Raises:
-        ValueError: For shapes that do not fit together.
+        TypeError: For what is no layer.
+        ValueError: For a skip path around a norm, which no pair of normalised inputs is, or edges below 0.
     """
-    if w.shape != v.shape or w.ndim != 2 or d.ndim != 2 or d.shape[1] != w.shape[0]:
-        shapes = ", ".join(f"{name} {tuple(x.shape)}" for name, x in (("w", w), ("v", v), ("d", d)))
-        raise ValueError(f"expected w and v (hidden, d_in) and d (d_out, hidden), got {shapes}")
-    entries, hidden, n_entries = _entries(w.detach(), v.detach(), d.detach(), edges)
+    if not isinstance(layer, Layer):
+        raise TypeError(f"expected a bilinear.Layer, got {type(layer).__name__}; see bilinear.read and bilinear.Layer")
+    if layer.norm is not None and layer.skip is not None:
+        raise ValueError(
+            "a skip path around a norm is no function of normalised inputs; leave it out with "
+            "dataclasses.replace(layer, skip=None)"
+        )
+    if edges is not None and edges < 0:
+        raise ValueError(f"edges must be at least 0 or None, got {edges}")
+    w, v, d = (x.detach() for x in layer.factors())
+    entries, hidden, n_entries = _entries(w, v, d, edges)
     graph = nx.DiGraph()
     for i, j in sorted({(i, j) for _, i, j, _ in entries}):
-        pair = f"tensor/{i}.{j}"
-        data = {"kind": "pair", "site": "tensor", "layer": 1, "order": 1, "activation": 1.0}
-        graph.add_node(pair, **data, left=i, right=j, title=f"x{i} x{j}" if i != j else f"x{i} squared")
-        for one in {i, j}:
-            name = f"input/{one}"
-            graph.add_node(
-                name, kind="input", site="input", index=one, layer=0, order=0, activation=1.0, title=f"x{one}"
-            )
-            graph.add_edge(name, pair, weight=1.0, share=0.5 if i != j else 1.0, evidence="exact")
+        _add_pair(graph, layer, i, j)
     totals = dict.fromkeys(range(len(d)), 0.0)
     for o, _, _, x in entries:
         totals[o] += abs(x)
@@ -57,11 +52,13 @@ def bilinear_graph(
         data = {"kind": "output", "site": "output", "index": o, "layer": 2, "order": 2, "title": f"y{o}"}
         graph.add_node(f"output/{o}", **data, activation=1.0)
     for o, i, j, x in entries:
-        share = abs(x) / (totals[o] + hidden[o])
-        graph.add_edge(f"tensor/{i}.{j}", f"output/{o}", weight=x, share=share, evidence="exact")
+        share = float(abs(x) / (totals[o] + hidden[o]))
+        pair = f"tensor/{_number(layer, i)}.{_number(layer, j)}"
+        graph.add_edge(pair, f"output/{o}", weight=x, share=share, evidence="exact")
     graph.graph.update(
         schema="weightdecomp.graph",
         schema_version=SCHEMA_VERSION,
+        package_version=package_version(),
         model=tensor_digest({"w": w, "v": v, "d": d}),
         effects="tensor",
         inputs={"n": 0},
@@ -72,6 +69,28 @@ def bilinear_graph(
     for node, influence in influences(graph).items():
         graph.nodes[node]["influence"] = influence
     return graph
+
+
+def _number(layer: Layer, coordinate: int) -> int | str:
+    """Number of the input that a coordinate is; the constant, where there is one, comes first."""
+    if not layer.affine:
+        return coordinate
+    return coordinate - 1 if coordinate else _ONE
+
+
+def _add_pair(graph: nx.DiGraph, layer: Layer, i: int, j: int) -> None:
+    """A pair of coordinates, and what enters it."""
+    left, right = (_number(layer, one) for one in (i, j))
+    pair = f"tensor/{left}.{right}"
+    titles = [f"x{one}" for one in (left, right) if one != _ONE]
+    title = f"{titles[0]} squared" if titles and left == right else " ".join(titles) or "1"
+    data = {"kind": "pair", "site": "tensor", "layer": 1, "order": 1, "activation": 1.0, "title": title}
+    numbers = {name: one for name, one in (("left", left), ("right", right)) if one != _ONE}
+    graph.add_node(pair, **data, **numbers)
+    for one in {left, right}:
+        own = {"kind": "bias", "title": "1"} if one == _ONE else {"kind": "input", "title": f"x{one}", "index": one}
+        graph.add_node(f"input/{one}", site="input", layer=0, order=0, activation=1.0, **own)
+        graph.add_edge(f"input/{one}", pair, weight=1.0, share=0.5 if i != j else 1.0, evidence="exact")
 
 
 def _entries(

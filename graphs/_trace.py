@@ -188,9 +188,22 @@ def parents(trace: Trace) -> list[set[int]]:
         if not target.requires_grad or not leaves:
             found.append(set())
             continue
-        grads = torch.autograd.grad(target.sum(), [leaf for _, leaf in leaves], retain_graph=True, allow_unused=True)
+        grads = _gradients(target.sum(), [leaf for _, leaf in leaves])
         found.append({i for (i, _), grad in zip(leaves, grads, strict=True) if grad is not None})
     return found
+
+
+def _gradients(of: Tensor, leaves: Sequence[Tensor]) -> Sequence[Tensor | None]:
+    try:
+        return torch.autograd.grad(of, leaves, retain_graph=True, allow_unused=True)
+    except RuntimeError as error:
+        # The one way in which a model that runs has no gradients; torch has no error of its own for it.
+        if "inplace" not in str(error):
+            raise
+        raise ValueError(
+            "the order of the model cannot be traced: a step in forward changes a tensor in place that an earlier step "
+            f"needs for its gradient ({error}); write it without the change, as x = x + y for x += y"
+        ) from error
 
 
 def check_order(model: nn.Module, sites: Sequence[Site], readers: Mapping[str, Reader], batch: Batch) -> None:

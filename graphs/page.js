@@ -46,9 +46,12 @@ function verdict() {
   const tried = D.scores.filter(one => one.figure === "damage");
   if (!tried.length) return [];
   const worst = tried.reduce((a, b) => a.damage > b.damage ? a : b), kinds = ["component", "circuit", "remainder"];
-  const kept = N.kind.filter(kind => kinds.includes(kind)).length;
-  return [el("b", {}, `The model on these ${count(kept)} parts alone does ${damage(worst.damage)} of the damage of ablating everything`),
-    `, in the worst of ${tried.length} ways to ablate the rest (${worst.regime}). `];
+  const kept = N.kind.filter(kind => kinds.includes(kind)).length, parts = kept === 1 ? "this part" : `these ${count(kept)} parts`;
+  const way = `, in the worst of ${tried.length} ways to ablate the rest (${worst.regime}). `;
+  if (worst.damage > 1)
+    return [el("b", {}, `Alone, ${parts} ${kept === 1 ? "does" : "do"} worse than nothing`), ` (damage ${damage(worst.damage)}, 1 is everything ablated)`, way];
+  const lost = worst.damage < .001 ? "less than 0.1" : (100 * worst.damage).toFixed(1);
+  return [el("b", {}, `Alone, ${parts} ${kept === 1 ? "loses" : "lose"} ${lost} % of what the model does`), way];
 }
 
 function heading() {
@@ -74,7 +77,7 @@ function scores() {
   for (const one of D.scores) {
     const bar = el("i", {});
     bar.style.width = Math.max(0, Math.min(100, 100 * one.damage)) + "%";
-    const name = one.figure === "completeness" ? "the circuit itself ablated" : one.regime;
+    const name = one.figure === "completeness" ? "the circuit itself ablated (1 is best)" : one.regime;
     const more = one.evidence + ", " + one.budget + ", " + count(one.n_inputs || 0) + " inputs";
     table.append(el("tr", {title: more}, el("td", {}, name), el("td", {}, el("span", {className: "meter"}, bar)),
       el("td", {className: "figure"}, damage(one.damage)), el("td", {className: "note"}, one.evidence)));
@@ -271,7 +274,7 @@ function drawModules() {
     const own = order.slice(lane * per, (lane + 1) * per).sort((a, b) => a.wide - b.wide);
     own.forEach((one, k) => at.set(one.g, {
       x: 60 + (width - 120) * (k + .5) / own.length,
-      y: height - 70 - (height - 150) * (lanes > 1 ? lane / (lanes - 1) : .5) + (k % 2 ? 16 : -16),
+      y: height - 92 - (height - 172) * (lanes > 1 ? lane / (lanes - 1) : .5) + (k % 2 ? 16 : -16),
       r: 9 + 30 * Math.sqrt(one.members.length / most), members: one.members, deep: one.deep}));
   }
   const all = [...between.values()].sort((a, b) => b[2] - a[2]), lines = all.slice(0, 60), strongest = lines.length ? lines[0][2] : 1;
@@ -290,7 +293,8 @@ function drawModules() {
     const circle = sv("circle", {class: "node", cx: one.x, cy: one.y, r: one.r, tabindex: 0, role: "button", "data-module": g,
       "aria-label": `module ${g}, ${one.members.length} nodes`});
     circle.append(sv("title", {}, one.members.slice(0, 8).map(i => N.title[i]).join("\n")));
-    const led = one.members.slice(0, 2).map(short).map(own => own.length > 16 ? own.slice(0, 15) + "…" : own).join(", ");
+    // No row tells the site here, so that titles stand whole; of long ones the end says more.
+    const led = one.members.slice(0, 2).map(i => N.title[i]).map(own => own.length > 18 ? "…" + own.slice(-17) : own).join(", ");
     const more = one.members.length > 2 ? ` and ${count(one.members.length - 2)} more` : "";
     picture.append(circle, sv("text", {class: "halo", x: one.x, y: one.y + one.r + 14, "text-anchor": "middle"}, led),
       sv("text", {class: "halo row", x: one.x, y: one.y + one.r + 28, "text-anchor": "middle"}, more));
@@ -335,7 +339,7 @@ function card() {
   const list = [];
   for (const [name, label] of [["importance", "importance"], ["frequency", "active on"], ["activation", "activation"], ["std", "± over inputs"],
     ["influence", "influence"], ["unaccounted", "unaccounted"], ["minimality", "damage if removed"], ["circuit", "circuit"], ["module", "module"],
-    ["status", "status"], ["before", "before"], ["after", "after"], ["top_inputs", "top inputs"]]) {
+    ["status", "status"], ["before", "before"], ["after", "after"], ["top_inputs", "top inputs, number: value"]]) {
     const x = get(name, i);
     if (x !== null && x !== undefined) list.push([label, name === "frequency" ? print(100 * x) + " %" : print(x)]);
   }

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import graph_methods, recall, recovery, report, speed
+from benchmarks import graph_methods, graph_sizes, recall, recovery, report, speed
 from benchmarks import graphs as graph_benchmark
 from benchmarks.recovery import SMOKE, Job, judged, run, rungs
 from weightdecomp import baselines
@@ -148,10 +148,11 @@ def test_graphs_measures_every_part(part: str):
     if part == "sizes":
         (size,) = figures.values()
         assert size["nodes"]["median"] > 0
-        assert {f"write {suffix} s" for suffix in graph_benchmark.SUFFIXES} <= size.keys()
+        assert {f"write {suffix} s" for suffix in graph_sizes.SUFFIXES} | {"peak MB"} <= size.keys()
     elif part == "agreement":
         # The two-layer toy is linear between its sites on any one input.
         assert figures["tms_5_2"]["gradient correlation"]["median"] > 0.99
+        assert figures["tms_5_2"]["path unaccounted"]["median"] < 1e-5
     else:
         assert figures.keys() == {"weight decomposition", "random directions", *baselines.NAMES}
         assert "no gradient passes" in figures["k-means"]
@@ -160,17 +161,92 @@ def test_graphs_measures_every_part(part: str):
             < figures["pca"]["edges_99"]["median"]
             <= figures["pca"]["edges"]["high"]
         )
+    assert found["cpu_seconds"] > 0 and found["peak_bytes"] > 2**20
     assert f"Seed {found['seeds'][0]} alone" in graph_benchmark.markdown({part: found})
 
 
+@pytest.fixture
+def a_part() -> dict:
+    """A record of one part of the graph benchmark, with figures of the right form."""
+    names = ["correlation", "mean error", "worst error", "unaccounted"]
+    one = {f"{effects} {name}": 0.5 for effects in ("gradient", "path") for name in names}
+    figures = {"toy": graph_methods.spreads([{**one, "edges": 3.0}])}
+    where = {"commit": "abc", "uncommitted_changes": False, "machine": "m", "torch": "t", "date": "2026-01-01"}
+    return {"figures": figures, "seeds": [0], "cpu_seconds": 1.0, "peak_bytes": 1, "provenance": where}
+
+
+def test_a_part_that_is_measured_or_fails_leaves_the_other_results(
+    a_part: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setitem(graph_benchmark.PARTS, "other", graph_benchmark.PARTS["agreement"])
+    report.write_json(tmp_path / "graphs.json", {"agreement": a_part})
+
+    def measure(part: str) -> dict:
+        if part == "sizes":
+            raise MemoryError
+        return {**a_part, "cpu_seconds": 2.0}
+
+    failures = graph_benchmark.run(["sizes", "other"], tmp_path, measure)
+
+    found = graph_benchmark.results(tmp_path / "graphs.json")
+    assert failures == 1
+    assert (found["agreement"], found["other"]["cpu_seconds"]) == (a_part, 2.0)
+    assert (tmp_path / "graphs.md").read_text().count("| toy") == 4
+
+
+def test_only_parts_of_another_commit_are_measured_again(a_part: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    report.write_json(tmp_path / "graphs.json", {"agreement": a_part})
+    measured = []
+
+    def measure(part: str) -> dict:
+        measured.append(part)
+        return a_part
+
+    for commit, changed in (("abc", False), ("abc", True), ("abd", False)):
+        here = {"commit": commit, "uncommitted_changes": changed}
+        monkeypatch.setattr(graph_benchmark, "provenance", lambda here=here: here)
+        graph_benchmark.run(["agreement"], tmp_path, measure)
+
+    assert len(measured) == 2
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"sizes": {}}', '{"speed": {}}'])
+def test_results_that_are_none_are_refused_and_stay(text: str, a_part: dict, tmp_path: Path):
+    (tmp_path / "graphs.json").write_text(text)
+
+    with pytest.raises(ValueError, match="move"):
+        graph_benchmark.run(["agreement"], tmp_path, lambda part: a_part)
+
+    assert (tmp_path / "graphs.json").read_text() == text
+
+
+def test_the_readme_has_the_figures_of_the_results():
+    readme = (report.ROOT / "README.md").read_text()
+
+    blocks = graph_benchmark.summary(graph_benchmark.results(report.RESULTS / "graphs.json"))
+
+    assert blocks
+    assert all(block in readme for block in blocks)
+
+
+def test_the_table_of_results_is_the_one_of_the_records():
+    found = graph_benchmark.results(report.RESULTS / "graphs.json")
+
+    assert (report.RESULTS / "graphs.md").read_text() == graph_benchmark.markdown(found)
+
+
 def test_a_table_of_methods_has_medians_with_ranges_and_reasons_below():
-    names = ["edges_90", "edges_99", "edges", "q", "q_null", "q_excess", "through remainders", "damage", "active"]
-    runs = {"many": [dict.fromkeys(names, 9.0)], "few": [dict.fromkeys(names, x) for x in (1.0, 2.0, 4.0)]}
+    names = ["edges_90", "edges_99", "edges", "q", "q_null", "q_excess", "through remainders", "active"]
+    runs = {
+        "broken": [{**dict.fromkeys(names, 0.5), "damage": 0.9}],
+        "many": [{**dict.fromkeys(names, 9.0), "damage": 0.0}],
+        "few": [{**dict.fromkeys(names, x), "damage": 0.01} for x in (1.0, 2.0, 4.0)],
+    }
 
     found = graph_methods.methods_table({**{m: graph_methods.spreads(r) for m, r in runs.items()}, "none": "no rows"})
 
     lines = found.splitlines()
-    assert [line.split("|")[1].strip() for line in lines[2:4]] == ["few", "many"]
+    assert [line.split("|")[1].strip() for line in lines[2:5]] == ["few", "many", "broken *"]
     assert "2 (1 to 4)" in lines[2]
     assert lines[-1] == "- none: no rows"
 

@@ -1,16 +1,20 @@
 """Graphs account for values, agree with interventions, and add up over inputs (G2, G3, G4)."""
 
 from collections.abc import Callable
+from inspect import unwrap  # past the checks of types that run in tests alone
 
 import networkx as nx
+import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import graphs
+from graphs._build import _numbers
 from tests.graph_models import NETS, attention, decomposed_exactly
 from tests.models import Calls, drawn, ids, seeded, sparse
-from weightdecomp import Decomposition
+from weightdecomp import Decomposition, NumericalWarning
 from weightdecomp._forward import replaced
 
 PIECEWISE_LINEAR = ["linear chain", "relu", "recurrent", "convolution"]
@@ -67,6 +71,26 @@ def test_each_factor_of_a_bilinear_model_accounts_for_the_whole_value(name: str)
                 edges = graph.in_edges(node, data="weight")
                 total = sum(weight for source, _, weight in edges if graph.nodes[source]["site"] == factor)
                 assert total == pytest.approx(data["activation"], rel=1e-11)
+
+
+def test_a_path_through_a_norm_of_nothing_but_sources_warns():
+    """The norm of a growing vector is the same all the way, so that its gradients sum to nothing."""
+    model = seeded(Calls(lambda m, x: m.b(F.layer_norm(m.a(x), (4,))), a=nn.Linear(4, 4), b=nn.Linear(4, 2))).double()
+    decomposition = decomposed_exactly(model, drawn(8, 4))
+
+    with pytest.warns(NumericalWarning, match=r"miss \d+% of the change from nothing, most of it at 'b': a norm jumps"):
+        graphs.circuit_graph(decomposition, drawn(8, 4), effects="path")
+
+
+@pytest.mark.parametrize("name", ["attention", "recurrent"])
+@pytest.mark.parametrize("rank", [1, 2])
+def test_a_path_sums_to_the_change_from_nothing_and_says_so_where_steps_are_too_few(name: str, rank: int):
+    decomposition, x = example(name, rank=rank)
+
+    graphs.circuit_graph(decomposition, x, effects="path")
+    if name == "attention":
+        with pytest.warns(NumericalWarning, match="or steps= are too few"):
+            graphs.circuit_graph(decomposition, x, effects="path", steps=1)
 
 
 def removed(decomposition: Decomposition, x: Tensor, source: dict, target: dict) -> float:
@@ -382,6 +406,8 @@ def test_an_output_index_out_of_range_is_refused(outputs: list):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"edges": -1}, "edges must be at least 0 or None, got -1"),
+        ({"outputs": []}, "outputs is empty; name one at least"),
         ({"effects": "magic"}, "effects must be one of"),
         ({"components": "some"}, "components must be 'open' or 'all'"),
         ({"effects": "path", "steps": 0}, "steps must be at least 1"),
@@ -394,6 +420,37 @@ def test_unknown_choices_are_refused(options: dict, message: str):
         graphs.circuit_graph(decomposition, x, **options)
 
 
+def test_integers_of_numpy_and_torch_name_outputs_and_others_are_refused():
+    decomposition, x = example("relu")
+
+    graph = graphs.circuit_graph(decomposition, x, outputs=[np.int64(2), torch.tensor(0)])
+
+    assert {node for node, kind in graph.nodes(data="kind") if kind == "output"} == {"output/0", "output/2"}
+    for outputs in (1, [1.0], "1"):
+        with pytest.raises(TypeError, match="outputs must be a list of integers, got"):
+            unwrap(_numbers)("outputs", outputs, 3)
+
+
+def test_what_is_no_decomposition_is_refused():
+    decomposition, x = example("relu")
+
+    with pytest.raises(TypeError, match="expected a Decomposition, got Sequential; weightdecomp.decompose"):
+        unwrap(graphs.circuit_graph)(decomposition.target, x)
+
+
+def test_a_model_that_changes_what_gradients_need_is_refused():
+    def forward(m: nn.Module, x: Tensor) -> Tensor:
+        h = m.a(x).relu_()
+        h += m.b(h)
+        return m.c(h)
+
+    layers = {name: nn.Linear(4, 4) for name in "abc"}
+    decomposition = decomposed_exactly(seeded(Calls(forward, **layers)).double(), drawn(8, 4))
+
+    with pytest.raises(ValueError, match=r"order of the model cannot be traced: .* in place .* x = x \+ y for x \+= y"):
+        graphs.circuit_graph(decomposition, drawn(8, 4))
+
+
 def test_only_graphs_of_one_input_and_one_decomposition_add_up():
     one, x = example("relu")
     other, _ = example("relu", kept=0.5)
@@ -404,6 +461,9 @@ def test_only_graphs_of_one_input_and_one_decomposition_add_up():
         graphs.aggregate([graphs.circuit_graph(one, x)])
     with pytest.raises(ValueError, match=r"graphs\[1\] has another outputs .* name outputs="):
         graphs.aggregate([graphs.circuit_graph(one, x[i : i + 1], edges=None, outputs=[i]) for i in range(2)])
+    whole = graphs.circuit_graph(one, x[:1], edges=None)
+    with pytest.raises(ValueError, match=r"graphs\[0\] has been pruned"):
+        graphs.aggregate([graphs.prune(whole, influence=0.5)])
     with pytest.raises(ValueError, match="no graphs"):
         graphs.aggregate([])
 

@@ -301,6 +301,34 @@ def test_scores_by_regime_stand_at_the_top(circuit: nx.DiGraph, window: Browser,
 
 
 @needs_browser
+@pytest.mark.parametrize(
+    ("damages", "verdict"),
+    [
+        (
+            (0.0, 0.0004),
+            "loses less than 0.1 % of what the model does, in the worst of 2 ways to ablate the rest (mean)",
+        ),
+        ((0.1234, 0.05), "loses 12.3 % of what the model does, in the worst of 2 ways to ablate the rest (zero)"),
+        ((0.5, 3.9), "does worse than nothing (damage 3.900, 1 is everything ablated), in the worst of 2 ways"),
+    ],
+)
+def test_the_page_says_what_the_circuit_does_alone(
+    damages: tuple[float, float], verdict: str, window: Browser, tmp_path: Path
+):
+    graph = nx.DiGraph()
+    graph.add_node("a/0", kind="component", site="a", title="a/0", layer=1, order=1, activation=1.0)
+    graph.graph["scores"] = [
+        {"figure": "damage", "regime": regime, "damage": one, "evidence": "exact", "budget": "1 pass"}
+        for regime, one in zip(("zero", "mean"), damages, strict=True)
+    ]
+    graphs.write(graph, tmp_path / "scored.html")
+
+    window.open(tmp_path / "scored.html")
+
+    assert f"Alone, this part {verdict}" in window.text("#lead")
+
+
+@needs_browser
 def test_hostile_labels_stay_text(window: Browser, tmp_path: Path):
     graph = nx.DiGraph()
     for label in [*HOSTILE, "<img src=x onerror=document.title='owned'>", "<b>bold</b>"]:

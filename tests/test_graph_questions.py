@@ -1,6 +1,10 @@
 """Pruning, scores, modules, paths, diffs and edits of circuit graphs, each against a slow or closed-form answer."""
 
+import json
+from dataclasses import replace
+from inspect import unwrap  # past the checks of types that run in tests alone
 from itertools import pairwise
+from pathlib import Path
 
 import networkx as nx
 import numpy as np
@@ -9,6 +13,7 @@ import torch
 from torch import Tensor
 
 import graphs
+from bilinear import BilinearMLP, Layer, Norm, read
 from graphs._influence import influences
 from graphs._modules import rand_index, shuffled, undirected
 from tests.graph_models import NETS, bilinear_net, decomposed_exactly
@@ -227,6 +232,8 @@ def test_an_attack_does_at_least_the_damage_of_zero_ablation():
     assert by_regime["adversarial"]["evidence"] == "counterexample"
     assert by_regime["adversarial"]["budget"] == "40 steps x 3 restarts"
     assert by_regime["stochastic"]["error"] > 0
+    # Whose values stand in is part of the recipe.
+    assert [regime for regime, one in by_regime.items() if "reference" in one] == ["mean", "resample"]
 
 
 def test_scores_are_the_same_for_the_same_seed():
@@ -249,6 +256,9 @@ def test_minimality_is_the_damage_that_one_node_adds():
 
     added = less.graph["scores"][0]["damage"] - scored.graph["scores"][0]["damage"]
     assert scored.nodes[node]["minimality"] == pytest.approx(added, abs=1e-12)
+    every = nx.get_node_attributes(scored, "minimality").values()
+    record = scored.graph["scores"][-1]
+    assert (record["figure"], record["least"], record["most"]) == ("minimality", min(every), max(every))
 
 
 @pytest.mark.parametrize("name", ["attention", "recurrent", "convolution"])
@@ -274,6 +284,12 @@ def test_scores_need_the_right_decomposition_and_enough_inputs():
         graphs.score(graph, other, x)
     with pytest.raises(ValueError, match="unknown regime 'median'"):
         graphs.score(graph, decomposition, x, regimes=["median"])
+    with pytest.raises(TypeError, match=r"got the string 'zero'; write \['zero'\]"):
+        graphs.score(graph, decomposition, x, regimes="zero")
+    with pytest.raises(TypeError, match="inputs must be one batch, got a list of 2"):
+        graphs.score(graph, decomposition, [x, x])
+    with pytest.raises(ValueError, match="restarts of the attack must be at least 1, got 0"):
+        graphs.score(graph, decomposition, x, restarts=0)
     with pytest.raises(ValueError, match="take values from other inputs, got 1"):
         graphs.score(graph, decomposition, x[:1], regimes=["mean"])
     single = graphs.score(graph, decomposition, x[:1], steps=2, minimality=False).graph["scores"]
@@ -411,6 +427,37 @@ def test_paths_refuse_unknown_ends():
         graphs.paths(graph, 0)
 
 
+# ---------------------------------------------------------------- attributes
+
+
+def documented(table: str) -> set[str]:
+    """Names in the first column of one of SPEC's tables."""
+    lines = (Path(__file__).parents[1] / "SPEC.md").read_text().partition(f"| {table} |")[2].split("\n\n")[0]
+    return {name for line in lines.splitlines()[2:] for name in line.split("|")[1].strip().split(", ")}
+
+
+def test_every_attribute_is_in_the_tables_and_plain():
+    decomposition, x, graph = example()
+    scored = graphs.modules(graphs.score(graph, decomposition, x, steps=1), seeds=1, nulls=1)
+    some = [
+        scored,
+        graphs.circuit_graph(decomposition, x, collapse=True),
+        graphs.circuit_graph(*example("attention")[:2], positions=True),
+        graphs.circuit_graph(*example("recurrent")[:2]),
+        graphs.diff(graph, graphs.prune(graph, edges=9)),
+        graphs.bilinear_graph(LAYERS["biases"]()),
+    ]
+
+    for one in some:
+        for name, data in [("node attribute", d) for _, d in one.nodes(data=True)] + [
+            ("edge attribute", d) for *_, d in one.edges(data=True)
+        ]:
+            assert data.keys() <= documented(name)
+            assert {type(value) for value in data.values()} <= {int, float, str}
+        assert one.graph.keys() >= {"schema", "schema_version", "package_version"}
+        json.dumps(one.graph, allow_nan=False)
+
+
 # ---------------------------------------------------------------- diff, ablate, edit
 
 
@@ -453,6 +500,8 @@ def test_diffs_of_two_decompositions_need_a_matching():
 
     with pytest.raises(ValueError, match=r"of two decompositions .*pass matching=match"):
         graphs.diff(graph, again)
+    with pytest.raises(ValueError, match="graph is of another decomposition"):
+        graphs.match(graph, again, other, decomposition)
     pairs = graphs.match(graph, again, decomposition, other)
 
     for node, partner in pairs.items():
@@ -512,29 +561,45 @@ def test_nodes_that_cannot_be_ablated_are_refused(ids: list[str], message: str):
 # ---------------------------------------------------------------- bilinear layers
 
 
-def test_tensor_entries_reproduce_the_bilinear_layer():
-    model = bilinear_net()
-    w, v, d = (getattr(model, name).weight for name in "wvd")
-    x = drawn(5, 4)
+def layer_of(model: BilinearMLP, norm: Norm | None = None) -> Layer:
+    """A module's layer in float64, behind a norm where one is given."""
+    return replace(read(model).double(), norm=norm)
 
-    graph = graphs.bilinear_graph(w, v, d, edges=None)
 
-    y = torch.zeros(5, 3, dtype=torch.float64)
+LAYERS = {
+    "plain": lambda: layer_of(BilinearMLP(4, 5, 3)),
+    "biases": lambda: layer_of(BilinearMLP(4, 5, 3, bias=True)),
+    "residual": lambda: layer_of(BilinearMLP(4, 5, 4, bias=True)).with_skip(),
+    "norm": lambda: layer_of(BilinearMLP(4, 5, 3, bias=True), Norm("rms", 1e-5)),
+}
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_tensor_entries_reproduce_the_bilinear_layer(name: str):
+    torch.default_generator.manual_seed(0)
+    layer, x = LAYERS[name](), drawn(5, 4)
+    own = layer.coordinates(x)[..., int(layer.affine) :]
+
+    graph = graphs.bilinear_graph(layer, edges=None)
+
+    y = torch.zeros(5, layer.d_out, dtype=torch.float64)
     for pair, output, weight in graph.edges(data="weight"):
         if graph.nodes[output]["kind"] == "output":
-            data = graph.nodes[pair]
-            y[:, graph.nodes[output]["index"]] += weight * x[:, data["left"]] * x[:, data["right"]]
-    torch.testing.assert_close(y, model(x).detach(), rtol=1e-12, atol=1e-13)
+            factors = [own[:, graph.nodes[pair][end]] for end in ("left", "right") if end in graph.nodes[pair]]
+            y[:, graph.nodes[output]["index"]] += weight * torch.stack(
+                [torch.ones(5, dtype=torch.float64), *factors]
+            ).prod(0)
+    torch.testing.assert_close(y, layer(x), rtol=1e-12, atol=1e-13)
     assert {data["evidence"] for *_, data in graph.edges(data=True)} == {"exact"}
     graphs.validate(graph)
 
 
 def test_the_largest_tensor_entries_are_kept():
     model = bilinear_net()
-    factors = [getattr(model, name).weight for name in "wvd"]
-    whole = graphs.bilinear_graph(*factors, edges=None)
+    layer = Layer(*(getattr(model, name).weight.detach() for name in "wvd"))
+    whole = graphs.bilinear_graph(layer, edges=None)
 
-    few = graphs.bilinear_graph(*factors, edges=7)
+    few = graphs.bilinear_graph(layer, edges=7)
 
     sizes = sorted((abs(w) for _, t, w in whole.edges(data="weight") if t.startswith("output")), reverse=True)
     kept = sorted((abs(w) for _, t, w in few.edges(data="weight") if t.startswith("output")), reverse=True)
@@ -542,6 +607,12 @@ def test_the_largest_tensor_entries_are_kept():
     assert few.graph["hidden_edges"] == len(sizes) - 7
 
 
-def test_bilinear_factors_that_do_not_fit_are_refused():
-    with pytest.raises(ValueError, match=r"expected w and v \(hidden, d_in\) and d \(d_out, hidden\), got w \(2, 3\)"):
-        graphs.bilinear_graph(torch.ones(2, 3), torch.ones(2, 3), torch.ones(2, 3))
+def test_what_has_no_tensor_is_refused():
+    around = replace(LAYERS["norm"](), skip=torch.ones(3, 4, dtype=torch.float64))
+
+    with pytest.raises(TypeError, match="expected a bilinear.Layer, got Tensor; see bilinear.read"):
+        unwrap(graphs.bilinear_graph)(torch.ones(2, 3))
+    with pytest.raises(ValueError, match=r"a skip path around a norm .*replace\(layer, skip=None\)"):
+        graphs.bilinear_graph(around)
+    with pytest.raises(ValueError, match="edges must be at least 0 or None"):
+        graphs.bilinear_graph(LAYERS["plain"](), edges=-1)
