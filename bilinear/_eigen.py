@@ -7,9 +7,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from bilinear._checks import check_count
+from bilinear._directions import Direction, one_direction
 from bilinear._factors import Factors, forms
 from bilinear._lanczos import Pairs, lanczos, operator
-from bilinear._layer import Direction, Layer, one_direction
+from bilinear._layer import Layer
 from bilinear._metric import Metric, resolved
 from bilinear._squares import Squares, squares_of
 

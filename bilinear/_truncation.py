@@ -9,11 +9,12 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from bilinear._checks import check_count, check_inputs
+from bilinear._directions import Direction
 from bilinear._dropped import Dropped, Interval, in_input_space, of_eigenpairs
 from bilinear._eigen import dense_pairs
 from bilinear._factors import Factors, forms, spanned
 from bilinear._gram import as_double, traces
-from bilinear._layer import Direction, Layer
+from bilinear._layer import Layer
 from bilinear._metric import Metric, moment, resolved
 from bilinear._squares import Squares, squares_of
 
