@@ -164,7 +164,7 @@ def eigen(
         Eigenvectors of an output: Pearce et al. (arXiv 2410.08417), section 3; metrics, lifted forms and the stacked
         Lanczos are ours.
     """
-    rows, measure = layer.directions(direction), resolved(layer, metric)
+    measure, rows = resolved(layer, metric), layer.directions(direction)
     n = layer.n_coordinates
     if k is not None:
         check_count("k", k, n, "coordinates of the layer")

@@ -127,7 +127,13 @@ def resolved(layer: Layer, metric: str | Metric | Tensor | None) -> Metric:
 
     Raises:
         ValueError: For an unknown name, the sphere without a norm, or "data" without data.
+        TypeError: For what is no layer.
     """
+    if not isinstance(layer, Layer):
+        raise TypeError(
+            f"expected a bilinear.Layer, got {type(layer).__name__}; bilinear.read(module) makes one of a module, "
+            "and a gated layer's exact half is its .bilinear"
+        )
     if isinstance(metric, Metric):
         if metric.moment is not None and len(metric.moment) != layer.n_coordinates:
             raise ValueError(

@@ -186,7 +186,7 @@ def truncate(
     Raises:
         ValueError: For k beyond the coordinates, or `recentre` without a data metric.
     """
-    rows, measure, n = layer.directions(direction), resolved(layer, metric), layer.n_coordinates
+    measure, rows, n = resolved(layer, metric), layer.directions(direction), layer.n_coordinates
     check_count("k", k, n, "coordinates of the layer")
     if recentre and measure.moment is None:
         raise ValueError("recentre=True needs a data metric; pass metric=bilinear.data_metric(layer, inputs)")
