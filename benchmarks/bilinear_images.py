@@ -9,8 +9,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from benchmarks.bilinear_tables import image_tables
 from benchmarks.images import Classifier, Images, Training, accuracy, images, trained
-from benchmarks.report import provenance, spread, table, write, write_json
+from benchmarks.report import provenance, spread, write, write_json
 from bilinear import (
     Layer,
     Metric,
@@ -38,7 +39,6 @@ _STRENGTHS = (0.1, 0.2, 0.3)  # standard deviation of a mask's pixels
 _METRIC_IMAGES = 20_000  # training images that the second moment is taken from
 _FLOOR = 0.5  # of the metrics for certificates, chosen on held-out training images
 _DECIDED = (8, 10, 15, 30)  # kept for decisions
-_METRICS = ("embedding", "input", "data", "data, floored", "data, decisions")
 _BARS = {"accuracy lost at 10": 0.001, "certified at 30": 0.95, "64 shared squares": 0.002}
 
 
@@ -49,7 +49,7 @@ def run(folder: Path | None, out: Path, smoke: bool) -> str:
     texts = []
     for name in names:
         result[name] = _data_set(images(name, folder), out, smoke)
-        texts.append(_tables(name, result[name]))
+        texts.append(image_tables(name, result[name], KEPT))
         # After every data set, since a long run may be cut short.
         write_json(out / "images.json", result)
         write(out / "images.md", "\n\n".join(texts))
@@ -209,64 +209,3 @@ def _figures(data: Images, layer: Layer, record: dict[str, Any], out: Path) -> N
     axis.set(xlabel="components kept per class", ylabel="points of test accuracy lost", title=data.name)
     axis.legend(title="metric", fontsize="small")
     figure.savefig(out / f"{data.name}_accuracy.png", dpi=110)
-
-
-def _certified(runs: Sequence[dict[str, Any]], metric: str) -> str:
-    shares = [spread([run["certified"][metric][str(k)] for run in runs]).median for k in _CERTIFIED]
-    return "/".join(f"{100 * share:.1f}" for share in shares)
-
-
-def _tables(name: str, found: dict[str, Any]) -> str:
-    return "\n\n".join((_bars(name, found), _by_kept(name, found), _shared_table(name, found)))
-
-
-def _ranges(values: Sequence[float]) -> str:
-    """Median and, of several, the extremes; in percent or points."""
-    low, middle, high = (f"{100 * one:.2f}" for one in (min(values), spread(values).median, max(values)))
-    return middle if len(values) == 1 else f"{middle} ({low} to {high})"
-
-
-def _bars(name: str, found: dict[str, Any]) -> str:
-    """Every setting beside what is to be reached."""
-    rows = []
-    for setting in SETTINGS:
-        runs = found[setting]["runs"]
-        lost = [run["accuracy"] - run["accuracy_by_kept"]["data, decisions"][KEPT.index(10)] for run in runs]
-        shares = [run["certified"]["data, decisions"]["30"] for run in runs]
-        row = [setting, _ranges([run["accuracy"] for run in runs]), _ranges(lost)]
-        row += [_ranges([run["changed_at_10"] for run in runs]), _ranges(shares)]
-        shared = [run["shared"]["data 64"]["accuracy_lost"] for run in runs if "data 64" in run.get("shared", {})]
-        rows.append([*row, _ranges(shared) if shared else ""])
-    limits = ["", "", "<= 0.10", "", ">= 95", "<= 0.20"]
-    head = ["regularisation", "accuracy %", "lost at k = 10", "changed at k = 10 %", "certified at k = 30 %"]
-    title = f"{name}: components for decisions, and squares that classes share; median of seeds (and range)"
-    return f"{title}\n\n{table([*head, '64 shared squares lost'], [['to reach', *limits[1:]], *rows])}"
-
-
-def _by_kept(name: str, found: dict[str, Any]) -> str:
-    """Points lost by setting and metric."""
-    rows = []
-    for setting in SETTINGS:
-        runs = found[setting]["runs"]
-        for metric in _METRICS:
-            columns = zip(*(run["accuracy_by_kept"][metric] for run in runs), strict=True)
-            row = [f"{setting}, {metric}", _certified(runs, metric) if metric != "embedding" else ""]
-            rows.append([*row, *(_lost(runs, column) for column in columns)])
-    head = ["regularisation, metric", "certified % at 15/30", *(f"-{k}" for k in KEPT[: len(rows[0]) - 2])]
-    title = f"{name}: accuracy lost (percentage points, median of seeds) by components kept per class"
-    return f"{title}\n\n{table(head, rows)}"
-
-
-def _lost(runs: Sequence[dict[str, Any]], kept: Sequence[float | None]) -> str:
-    lost = [run["accuracy"] - one for run, one in zip(runs, kept, strict=True) if one is not None]
-    return f"{100 * spread(lost).median:.2f}" if lost else ""
-
-
-def _shared_table(name: str, found: dict[str, Any]) -> str:
-    rows = []
-    for setting in SETTINGS:
-        for kind, one in found[setting]["runs"][0].get("shared", {}).items():
-            cells = (100 * one["accuracy_lost"], one["relative_error"], one["agreement"], one["cancellation"])
-            rows.append([f"{setting}, {kind}", *(f"{cell:.3f}" for cell in cells), f"{one['cpu_seconds']:.1f}"])
-    columns = ("regularisation, metric, squares", "lost points", "relative error", "agreement", "cancellation", "CPU s")
-    return f"{name}: squares shared by all classes\n\n{table(columns, rows)}"

@@ -279,6 +279,8 @@ def test_printing_shows_the_largest_pairs():
     text = str(eigen(bilinear_layer(5, 6, 12, "biases"), k=3))
 
     assert "12 directions of a bilinear layer 5 -> 12, 3 of 6 eigenpairs, metric input" in text
+    equal = str(eigen(Layer(torch.eye(3), torch.eye(3), torch.tensor([[2.0, 1, 1]])), 0))
+    assert equal.count("1 pair\n") == 1 and equal.count("2 pairs\n") == 2
     assert "offset" in text and "effective rank" in text and "... and 4 more directions" in text
 
 
