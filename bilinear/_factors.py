@@ -52,10 +52,12 @@ def spanned(factors: Factors) -> Spanned:
     tolerance = max(both.shape) * torch.finfo(w.dtype).eps
     if len(both) > both.shape[1]:
         both = torch.linalg.qr(both, mode="r")[1]
-    values, rows = torch.linalg.svd(both, full_matrices=False)[1:]
-    rank = max(1, int((values > tolerance * values[0]).sum()))
+    values = torch.linalg.svdvals(both)
+    rank, n = max(1, int((values > tolerance * values[0]).sum())), w.shape[1]
+    if rank == n:  # the vectors, which cost far more, are not needed
+        return Spanned(Factors(w, v, d), torch.eye(n, dtype=w.dtype, device=w.device), float(values[0]), 0.0)
+    basis = torch.linalg.svd(both, full_matrices=False)[2][:rank].T.to(w)
     lost = float(values[rank]) if rank < len(values) else 0.0
-    basis = rows[:rank].T.to(w)
     return Spanned(Factors(w @ basis, v @ basis, d), basis, float(values[0]), lost)
 
 
