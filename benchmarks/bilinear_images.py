@@ -187,13 +187,18 @@ def _positive(layer: Layer, k: int) -> Float[Tensor, "direction coordinate k"]:
 
 def _figures(data: Images, layer: Layer, record: dict[str, Any], out: Path) -> None:
     """Vector images, spectra and accuracy by components kept."""
-    from matplotlib.figure import Figure
-
     out.mkdir(parents=True, exist_ok=True)
     pairs = eigen(layer, centred(layer))
     image = plot_vectors(pairs, (data.side, data.side), k=3, labels=data.classes)
     image.savefig(out / f"{data.name}_vectors.png", dpi=80)
     plot_spectra(pairs.top(min(40, pairs.k)), labels=data.classes).savefig(out / f"{data.name}_spectra.svg")
+    curves(data.name, record).savefig(out / f"{data.name}_accuracy.png", dpi=110)
+
+
+def curves(name: str, record: dict[str, Any]) -> Any:
+    """A matplotlib figure of the accuracy that a record's run lost, by components kept."""
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(6.4, 3.8), layout="constrained")
     axis = figure.subplots()
     for name, values in record["accuracy_by_kept"].items():
@@ -206,6 +211,7 @@ def _figures(data: Images, layer: Layer, record: dict[str, Any], out: Path) -> N
     # Linear near 0, where losses are both rare and of either sign.
     axis.set_yscale("symlog", linthresh=0.2)
     axis.set_yticks([-0.1, 0, 0.1, 1, 10, 50], ["-0.1", "0", "0.1", "1", "10", "50"])
-    axis.set(xlabel="components kept per class", ylabel="points of test accuracy lost", title=data.name)
+    axis.set_ylim(-0.15, 90)
+    axis.set(xlabel="components kept per class", ylabel="points of test accuracy lost", title=name)
     axis.legend(title="metric", fontsize="small")
-    figure.savefig(out / f"{data.name}_accuracy.png", dpi=110)
+    return figure
