@@ -201,9 +201,9 @@ def curves(name: str, record: dict[str, Any]) -> Any:
 
     figure = Figure(figsize=(6.4, 3.8), layout="constrained")
     axis = figure.subplots()
-    for name, values in record["accuracy_by_kept"].items():
+    for metric, values in record["accuracy_by_kept"].items():
         points = [(k, 100 * (record["accuracy"] - a)) for k, a in zip(KEPT, values, strict=False) if a is not None]
-        axis.plot(*zip(*points, strict=True), marker=".", label=name)
+        axis.plot(*zip(*points, strict=True), marker=".", label=metric)
     axis.axhline(100 * _BARS["accuracy lost at 10"], color="grey", linewidth=0.8, linestyle="--", label="0.1 points")
     axis.set_xscale("log")
     axis.set_xticks(KEPT, [str(k) for k in KEPT])
