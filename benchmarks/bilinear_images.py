@@ -142,7 +142,7 @@ def _shared(data: Images, layer: Layer, full: float, smoke: bool) -> dict[str, A
             record[f"{name} {n}"] = {
                 "accuracy_lost": full - accuracy(found.squares(data.test.double()), data.test_labels),
                 "relative_error": found.error,
-                "agreement": found.agreement,
+                "agreement": found.agreement if found.as_good > 1 else None,
                 "cancellation": found.cancellation,
                 "cpu_seconds": time.process_time() - start,
             }

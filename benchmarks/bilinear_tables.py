@@ -75,7 +75,8 @@ def _shared(found: dict[str, Any]) -> tuple[str, str]:
     for setting, runs in _runs(found):
         for kind, one in runs[0].get("shared", {}).items():
             cells = (100 * one["accuracy_lost"], one["relative_error"], one["agreement"], one["cancellation"])
-            rows.append([f"{setting}, {kind}", *(f"{cell:.3f}" for cell in cells), f"{one['cpu_seconds']:.1f}"])
+            texts = ("-" if cell is None else f"{cell:.3f}" for cell in cells)
+            rows.append([f"{setting}, {kind}", *texts, f"{one['cpu_seconds']:.1f}"])
     head = ("regularisation, metric, squares", "lost points", "relative error", "agreement", "cancellation", "CPU s")
     return "squares shared by all classes", table(head, rows)
 
