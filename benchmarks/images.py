@@ -19,6 +19,8 @@ DATA_VARIABLE = "WEIGHTDECOMP_DATA"
 """Environment variable that names the folder of data sets."""
 _FILES = {"train": ("train-images-idx3-ubyte", "train-labels-idx1-ubyte")}
 _FILES["test"] = tuple(name.replace("train", "t10k") for name in _FILES["train"])  # type: ignore[assignment]
+_GARMENTS = ("T-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "boot")
+_DIGITS = tuple(str(i) for i in range(10))
 _BYTES = 0x08  # the idx code of unsigned bytes
 
 
@@ -32,6 +34,7 @@ class Images(NamedTuple):
         train_labels: Their classes, 0 to 9.
         test: Images to test on.
         test_labels: Their classes.
+        classes: What the classes show.
     """
 
     name: str
@@ -40,6 +43,7 @@ class Images(NamedTuple):
     train_labels: Int[Tensor, " image"]
     test: Float[Tensor, "image pixel"]
     test_labels: Int[Tensor, " image"]
+    classes: tuple[str, ...] = _DIGITS
 
 
 def data_folder(given: str | Path | None = None) -> Path | None:
@@ -87,7 +91,8 @@ def images(name: str, folder: Path | None) -> Images:
         if pixels.ndim != 3 or labels.ndim != 1 or len(pixels) != len(labels):
             raise ValueError(f"{folder / name}: {pixels.shape} images and {labels.shape} labels do not belong together")
         arrays += [torch.tensor(pixels).flatten(1).float() / 255, torch.tensor(labels).long()]
-    return Images(name, round(arrays[0].shape[1] ** 0.5), *arrays)
+    classes = _GARMENTS if name == "fashion_mnist" else _DIGITS
+    return Images(name, round(arrays[0].shape[1] ** 0.5), *arrays, classes)
 
 
 def _digits() -> Images:

@@ -11,7 +11,7 @@ from bilinear._gated import BilinearShare, GatedLayer
 from bilinear._gram import Hosvd, cosine, distance, gaussian_inner, hosvd, inner, norm
 from bilinear._interactions import interactions, strongest
 from bilinear._layer import Layer
-from bilinear._metric import Metric, data_metric
+from bilinear._metric import Metric, data_metric, softmax_variance
 from bilinear._modules import BilinearMLP, GatedMLP
 from bilinear._norm import Norm
 from bilinear._plot import plot_spectra, plot_vectors
@@ -67,6 +67,7 @@ __all__ = [
     "read_linears",
     "read_packed",
     "shared_squares",
+    "softmax_variance",
     "strongest",
     "to_decomposition",
     "truncate",

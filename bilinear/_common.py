@@ -7,7 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from bilinear._checks import check_count
-from bilinear._factors import forms
+from bilinear._factors import forms, spanned
 from bilinear._layer import Layer
 from bilinear._metric import Metric, resolved
 from bilinear._squares import squares_of
@@ -46,30 +46,38 @@ def without_common(
     """
     measure = resolved(layer, metric)
     check_count("k", k, layer.n_coordinates, "coordinates of the layer")
-    q = forms(measure.whitened(layer.factors()), layer.directions(None))
-    values, vectors = torch.linalg.eigh(_common(q, k, sweeps, torch.Generator().manual_seed(seed)))
+    span = spanned(measure.whitened(layer.factors()))
+    q = forms(span.factors, layer.directions(None))
+    common = _common(q, min(k, len(q[0])), sweeps, torch.Generator().manual_seed(seed))
+    values, vectors = torch.linalg.eigh(common)
     writes = -values.expand(layer.d_out, -1)
-    common = replace(squares_of(layer, measure.vectors(vectors), writes.contiguous(), "exact"), skip=None)
-    return layer + common.layer()
+    squares = squares_of(layer, measure.vectors(span.basis @ vectors), writes.contiguous(), "exact")
+    return layer + replace(squares, skip=None).layer()
 
 
 def _common(q: Float[Tensor, "d_out n n"], k: int, sweeps: int, rng: torch.Generator) -> Float[Tensor, "n n"]:
     """The common form: alternation of both closed forms, the errors of which never rise."""
-    common = q.mean(0)
-    start = torch.randn(*q.shape[:2], k, generator=rng, dtype=torch.float64).to(q)
-    vectors = torch.linalg.qr(start)[0]
+    mean = q.mean(0)
+    q, whole = q - mean, float((q - mean).square().sum())
+    vectors = torch.linalg.qr(torch.randn(*q.shape[:2], k, generator=rng, dtype=torch.float64).to(q))[0]
+    values = q.new_zeros(len(q), k)
+    image, low = q @ vectors, torch.zeros_like(mean)
     errors: list[float] = []
     for _ in range(sweeps):
-        rest = q - common
+        # Less the common form, which is the mean less the mean of what is kept.
+        image += low @ vectors
         # What was found and its image: the largest pairs in that span are no worse than those found.
-        span = torch.linalg.qr(torch.cat([vectors, rest @ vectors], 2)[:, :, : q.shape[1]])[0]
-        values, inner = torch.linalg.eigh(span.mT @ rest @ span)
+        basis = torch.linalg.qr(torch.cat([vectors, image], 2)[:, :, : q.shape[1]])[0]
+        moved = q @ basis
+        values, inner = torch.linalg.eigh(basis.mT @ (moved + low @ basis))
         order = values.abs().argsort(1, descending=True)[:, :k]
-        values, vectors = values.gather(1, order), span @ inner.gather(2, order[:, None].expand(-1, inner.shape[1], -1))
-        left = rest - (vectors * values[:, None]) @ vectors.mT
-        shift = left.mean(0)
-        common = common + shift
-        errors.append(float((left - shift).square().sum()))
+        chosen = inner.gather(2, order[:, None].expand(-1, inner.shape[1], -1))
+        values, vectors, image = values.gather(1, order), basis @ chosen, moved @ chosen
+        flat = vectors.permute(1, 0, 2).flatten(1)
+        low = (flat * values.flatten()) @ flat.T / len(q)
+        # |Q - L + mean L|^2 over outputs; the mean of Q is 0.
+        kept = float((values.square() - 2 * values * (vectors * image).sum(1)).sum())
+        errors.append(whole + kept - len(q) * float(low.square().sum()))
         if len(errors) > _OVER and errors[-1] > errors[-1 - _OVER] * (1 - _STILL):
             break
-    return common
+    return mean - low

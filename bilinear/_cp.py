@@ -17,6 +17,7 @@ from bilinear._metric import Metric, resolved
 from bilinear._squares import Squares, squares_of
 
 _RIDGE = 1e-6  # of the norm penalty, relative to |T|^2; keeps the infimum attained where no best CP exists
+_AS_GOOD = 0.01  # of |T|: starts that end this close to the best are as good
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,8 +28,10 @@ class SharedSquares:
         squares: The components, most important first, to be run or written back.
         error: Relative error |T - T^| / |T| in the metric.
         errors: That of every start, best first.
-        agreement: Mean similarity of the best start's components with those of each other start, after matching; 1 is
-            the same solution. nan with one start.
+        agreement: Mean similarity of the best start's components with those of each other start that fits as well,
+            after matching; 1 is the same solution. nan where no other start does. Far below 1 the squares compress the
+            layer, but other sets do so as well: none of them is a mechanism by itself.
+        as_good: Starts that fit as well, the best one included: their error is at most .01 above its.
         cancellation: Sum of the components' squared norms over the squared norm of their sum, in the metric; far above
             1 means large components that cancel.
         steps: Optimiser steps of the best start.
@@ -40,6 +43,7 @@ class SharedSquares:
     error: float
     errors: tuple[float, ...]
     agreement: float
+    as_good: int
     cancellation: float
     steps: int
     converged: bool
@@ -51,7 +55,8 @@ class SharedSquares:
         end = "converged" if self.converged else "stopped at the limit of steps"
         return (
             f"{self.squares.n} shared squares, metric {self.metric.name}: relative error {self.error:.4f} "
-            f"(starts: {spread}), agreement of starts {self.agreement:.3f}, cancellation {self.cancellation:.2f}, "
+            f"(starts: {spread}), agreement of the {self.as_good} that fit as well {self.agreement:.3f}, "
+            f"cancellation {self.cancellation:.2f}, "
             f"{self.steps} steps, {end}"
         )
 
@@ -163,7 +168,8 @@ def _start(layer: Layer, measure: Metric, factors: Factors, n: int, rng: torch.G
 def _result(layer: Layer, measure: Metric, factors: Factors, square: float, fits: list) -> SharedSquares:
     errors = tuple(_error(factors, square, s, c) for s, c, _ in fits)
     s, c, found = fits[0]
-    agreements = [match_score((s, c), (other, writes)) for other, writes, _ in fits[1:]]
+    as_good = [fit for fit, error in zip(fits[1:], errors[1:], strict=True) if error <= errors[0] + _AS_GOOD]
+    agreements = [match_score((s, c), (other, writes)) for other, writes, _ in as_good]
     order = c.norm(dim=0).argsort(descending=True)
     gram = (s.T @ s).square() * (c.T @ c)
     whole = float(gram.sum())
@@ -173,6 +179,7 @@ def _result(layer: Layer, measure: Metric, factors: Factors, square: float, fits
         error=errors[0],
         errors=errors,
         agreement=float(np.mean(agreements)) if agreements else float("nan"),
+        as_good=1 + len(as_good),
         cancellation=float(gram.diagonal().sum()) / whole if whole > 0 else float("inf"),
         steps=int(found.nit),
         converged=bool(found.success),

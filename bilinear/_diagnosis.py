@@ -6,8 +6,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from bilinear._directions import Direction
 from bilinear._eigen import eigen
-from bilinear._layer import Direction, Layer
+from bilinear._layer import Layer
 from bilinear._metric import Metric
 
 

@@ -7,9 +7,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from bilinear._checks import check_count
+from bilinear._directions import Direction, one_direction
 from bilinear._factors import Factors, forms
 from bilinear._lanczos import Pairs, lanczos, operator
-from bilinear._layer import Direction, Layer, one_direction
+from bilinear._layer import Layer
 from bilinear._metric import Metric, resolved
 from bilinear._squares import Squares, squares_of
 
@@ -163,7 +164,7 @@ def eigen(
         Eigenvectors of an output: Pearce et al. (arXiv 2410.08417), section 3; metrics, lifted forms and the stacked
         Lanczos are ours.
     """
-    rows, measure = layer.directions(direction), resolved(layer, metric)
+    measure, rows = resolved(layer, metric), layer.directions(direction)
     n = layer.n_coordinates
     if k is not None:
         check_count("k", k, n, "coordinates of the layer")
@@ -218,20 +219,24 @@ def _of_forms(dense: Float[Tensor, "direction n n"], k: int) -> tuple[Tensor, Te
 
 
 def eigen_table(found: Eigen, most: int = 8) -> str:
-    """The largest pairs of every direction as text."""
+    """The largest pairs of every direction as text, each with how many pairs of equal values span its subspace."""
     values = found.values.reshape(-1, found.k)
     residuals, vectors = found.residuals.reshape(values.shape), found.vectors.reshape(len(values), -1, found.k)
     head = (
         f"{len(values)} direction{'s' * (len(values) != 1)} of a bilinear layer {found.layer.d_in} -> "
         f"{found.layer.d_out}, {found.k} of {found.layer.n_coordinates} eigenpairs, metric {found.metric.name}"
     )
-    names = ["direction", "pair", "value", "residual", "share of |values|"] + ["offset"] * found.layer.affine
+    names = ["direction", "pair", "value", "residual", "share of |values|", "subspace of"]
+    names += ["offset"] * found.layer.affine
     lines = [head, "", "  ".join(f"{name:>17}" for name in names)]
     for i in range(min(len(values), most)):
         total = float(values[i].abs().sum()) or 1.0
+        groups = (found[i] if found.values.ndim > 1 else found).groups()
+        sizes = {pair: len(group) for group in groups for pair in group}
         for j in range(min(found.k, most)):
             cells = [str(i), str(j), f"{values[i, j]:.6g}", f"{residuals[i, j]:.1e}"]
             cells.append(f"{float(values[i, j].abs()) / total:.1%}")
+            cells.append(f"{sizes[j]} pair{'s' * (sizes[j] != 1)}")
             cells += [f"{vectors[i, 0, j]:.4g}"] * found.layer.affine
             lines.append("  ".join(f"{cell:>17}" for cell in cells))
     hidden = max(0, len(values) - most)

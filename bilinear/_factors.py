@@ -21,6 +21,55 @@ class Factors(NamedTuple):
     d: Float[Tensor, "d_out hidden"]
 
 
+class Spanned(NamedTuple):
+    """Factors in the coordinates that they read at all.
+
+    Attributes:
+        factors: In the span.
+        basis: The span's orthonormal columns.
+        size: Largest singular value of the balanced readings.
+        lost: Largest one that counted as zero.
+    """
+
+    factors: Factors
+    basis: Float[Tensor, "coordinate rank"]
+    size: float
+    lost: float
+
+    def rounding(self, directions: Float[Tensor, "direction d_out"]) -> Float[Tensor, " direction"]:
+        """Bound on what rounding in the directions' dtype and lost readings change in a form's output, over |x~|^2."""
+        weights = (directions.double() @ self.factors.d.double()).abs().amax(1)
+        noise = 8 * torch.finfo(directions.dtype).eps
+        return weights * self.size * (noise * self.size + 2 * self.lost)
+
+
+def spanned(factors: Factors) -> Spanned:
+    """Factors in the span of what they read, up to rounding; the forms are zero beside it."""
+    # Where every product is silent, one is left to span something.
+    none = factors.w.new_zeros(1, factors.w.shape[1])
+    w, v, d = joined(balanced(factors), Factors(none, none, factors.d.new_zeros(len(factors.d), 1)))
+    both = torch.cat([w, v]).double()
+    tolerance = max(both.shape) * torch.finfo(w.dtype).eps
+    if len(both) > both.shape[1]:
+        both = torch.linalg.qr(both, mode="r")[1]
+    values = torch.linalg.svdvals(both)
+    rank, n = max(1, int((values > tolerance * values[0]).sum())), w.shape[1]
+    if rank == n:  # the vectors, which cost far more, are not needed
+        return Spanned(Factors(w, v, d), torch.eye(n, dtype=w.dtype, device=w.device), float(values[0]), 0.0)
+    basis = torch.linalg.svd(both, full_matrices=False)[2][:rank].T.to(w)
+    lost = float(values[rank]) if rank < len(values) else 0.0
+    return Spanned(Factors(w @ basis, v @ basis, d), basis, float(values[0]), lost)
+
+
+def balanced(factors: Factors) -> Factors:
+    """The same products with w and v of the same length, so that nothing depends on the gauge, less silent ones."""
+    w, v, d = factors
+    sizes = w.norm(dim=1, keepdim=True), v.norm(dim=1, keepdim=True)
+    live = (sizes[0] * sizes[1] > 0)[:, 0]
+    scale = (sizes[1][live] / sizes[0][live]).sqrt()
+    return Factors(w[live] * scale, v[live] / scale, d[:, live])
+
+
 def forms(factors: Factors, directions: Tensor) -> Float[Tensor, "direction coordinate coordinate"]:
     """Symmetric forms of several directions. Never an outer product over neurons: one matrix product a direction."""
     found = torch.stack([(factors.w.T * row) @ factors.v for row in directions @ factors.d])

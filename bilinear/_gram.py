@@ -10,8 +10,9 @@ from torch import Tensor
 
 from bilinear._checks import check_count
 from bilinear._factors import Factors, forms
-from bilinear._layer import Layer, same_sphere
+from bilinear._layer import Layer
 from bilinear._metric import Metric, resolved
+from bilinear._norm import same_sphere
 
 _ROWS = 128  # neurons of a block; a block holds a few (rows, hidden) matrices
 _CLOSE = 1e-5  # squared distance, as a share of the squared norms, below which Gram matrices lose too many digits

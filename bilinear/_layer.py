@@ -7,13 +7,14 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.nn.functional import linear
 
+from bilinear._biases import added, or_zero, with_column
 from bilinear._checks import check_inputs, check_tensor
+from bilinear._directions import Direction, direction_rows, one_direction
 from bilinear._factors import Factors, forms, joined, linear_factors
-from bilinear._modules import BilinearMLP, NormModule
-from bilinear._norm import Norm
-
-Direction = Any  # int, sequence of floats or Tensor; checked by `Layer.directions`
+from bilinear._modules import BilinearMLP
+from bilinear._norm import Norm, same_sphere
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,7 +106,7 @@ class Layer:
         """
         check_inputs("x", x, self.d_in, self.w)
         z = x if self.norm is None else self.norm(x)
-        y = (_affine(z, self.w, self.w_bias) * _affine(z, self.v, self.v_bias)) @ self.d.T
+        y = (linear(z, self.w, self.w_bias) * linear(z, self.v, self.v_bias)) @ self.d.T
         y = y if self.d_bias is None else y + self.d_bias
         return y + self.beside(x)
 
@@ -123,17 +124,17 @@ class Layer:
         """The layer in its coordinates as products alone: biases, gains and the skip path become weights, exactly."""
         w, v, biases = self.w, self.v, [self.w_bias, self.v_bias]
         if self.norm is not None:
-            biases = [_sum(b, self.norm.offset(one)) for b, one in zip(biases, (w, v), strict=True)]
+            biases = [added(b, self.norm.offset(one)) for b, one in zip(biases, (w, v), strict=True)]
             w, v = self.norm.folded(w), self.norm.folded(v)
         if not self.affine:
             return Factors(w, v, self.d)
-        w, v = (_with_column(one, bias) for one, bias in zip((w, v), biases, strict=True))
-        linear = torch.zeros_like(self.d[:, :1]) if self.d_bias is None else self.d_bias[:, None]
+        w, v = (with_column(one, bias) for one, bias in zip((w, v), biases, strict=True))
+        beside = or_zero(self.d_bias, self.d[:, 0])[:, None]
         if self.skip is not None and self.norm is None:
-            linear = torch.cat([linear, self.skip], 1)
-        if not linear.any():
+            beside = torch.cat([beside, self.skip], 1)
+        if not beside.any():
             return Factors(w, v, self.d)
-        return joined(Factors(w, v, self.d), linear_factors(linear, self.n_coordinates))
+        return joined(Factors(w, v, self.d), linear_factors(beside, self.n_coordinates))
 
     def directions(self, direction: Direction | None) -> Float[Tensor, "direction d_out"]:
         """Output directions as rows; an integer is that output, None all of them.
@@ -141,19 +142,7 @@ class Layer:
         Raises:
             ValueError: For an output that does not exist, or directions of another width.
         """
-        if direction is None:
-            return torch.eye(self.d_out, dtype=self.w.dtype, device=self.w.device)
-        if isinstance(direction, int):
-            if not -self.d_out <= direction < self.d_out:
-                raise ValueError(f"direction {direction}: the layer has outputs 0 to {self.d_out - 1}")
-            return self.directions(None)[[direction]]
-        if not isinstance(direction, Tensor):
-            direction = torch.tensor(direction, dtype=self.w.dtype, device=self.w.device)
-        if direction.ndim == 1:
-            check_tensor("direction", direction, (self.d_out,), self.w)
-            return direction[None]
-        check_tensor("directions", direction, (None, self.d_out), self.w)
-        return direction
+        return direction_rows(direction, self.d_out, self.w)
 
     def form(self, direction: Direction | None = None) -> Float[Tensor, "*direction coordinate coordinate"]:
         r"""The symmetric form Q of one direction, or of several: the output along it is x~^T Q x~.
@@ -188,7 +177,7 @@ class Layer:
             check_tensor("bias", bias, (self.d_in,), self.w)
 
         def moved(weight: Tensor | None, own: Tensor | None) -> Tensor | None:
-            return own if bias is None or weight is None else _sum(own, weight @ bias)
+            return own if bias is None or weight is None else added(own, weight @ bias)
 
         return Layer(
             self.w @ embedding,
@@ -210,7 +199,7 @@ class Layer:
         check_tensor("head", head, (None, self.d_out), self.w)
         if bias is not None:
             check_tensor("bias", bias, (len(head),), self.w)
-        d_bias = _sum(None if self.d_bias is None else head @ self.d_bias, bias)
+        d_bias = added(None if self.d_bias is None else head @ self.d_bias, bias)
         return replace(self, d=head @ self.d, d_bias=d_bias, skip=None if self.skip is None else head @ self.skip)
 
     def with_skip(self, skip: Tensor | None = None) -> "Layer":
@@ -241,24 +230,10 @@ class Layer:
 
     def module(self) -> BilinearMLP:
         """The layer as a module with weights of its own, to be run in a model."""
-        module = BilinearMLP.empty(self.d_in, self.hidden, self.d_out).to(self.w)
-        pairs = {"w": (self.w, self.w_bias), "v": (self.v, self.v_bias), "d": (self.d, self.d_bias)}
+        weights = {"w": (self.w, self.w_bias), "v": (self.v, self.v_bias), "d": (self.d, self.d_bias)}
         if self.skip is not None:
-            module.skip = torch.nn.Linear(self.d_in, self.d_out, bias=False, device="meta")
-            pairs["skip"] = (self.skip, None)
-        for name, (weight, bias) in pairs.items():
-            linear = getattr(module, name)
-            linear.weight = torch.nn.Parameter(weight.detach().clone())
-            linear.bias = None if bias is None else torch.nn.Parameter(bias.detach().clone())
-        module.norm = None if self.norm is None else NormModule(self.norm)
-        return module.eval()
-
-
-def one_direction(direction: Direction | None) -> bool:
-    """Whether one direction was asked for, without a leading axis."""
-    if isinstance(direction, Tensor):
-        return direction.ndim == 1
-    return isinstance(direction, int) or (direction is not None and not isinstance(direction[0], Sequence))
+            weights["skip"] = (self.skip, None)
+        return BilinearMLP.of(weights, self.norm)
 
 
 def combined(layers: Sequence[Layer], weights: Sequence[float]) -> Layer:
@@ -280,13 +255,13 @@ def combined(layers: Sequence[Layer], weights: Sequence[float]) -> Layer:
     def stacked(name: str, like: str) -> Tensor | None:
         if all(getattr(one, name) is None for one in plain):
             return None
-        return torch.cat([_or_zero(getattr(one, name), getattr(one, like)[:, 0]) for one in plain])
+        return torch.cat([or_zero(getattr(one, name), getattr(one, like)[:, 0]) for one in plain])
 
-    def added(name: str) -> Tensor | None:
+    def total(name: str) -> Tensor | None:
         found = None
         for one, weight in zip(plain, weights, strict=True):
             value = getattr(one, name)
-            found = found if value is None else _sum(found, weight * value)
+            found = found if value is None else added(found, weight * value)
         return found
 
     return Layer(
@@ -295,17 +270,10 @@ def combined(layers: Sequence[Layer], weights: Sequence[float]) -> Layer:
         torch.cat([weight * one.d for one, weight in zip(plain, weights, strict=True)], 1),
         stacked("w_bias", "w"),
         stacked("v_bias", "v"),
-        added("d_bias"),
-        added("skip"),
+        total("d_bias"),
+        total("skip"),
         plain[0].norm,
     )
-
-
-def same_sphere(a: Norm | None, b: Norm | None) -> bool:
-    """Whether two layers' coordinates are the same function of the input."""
-    if a is None or b is None:
-        return a is b
-    return (a.kind, a.eps) == (b.kind, b.eps)
 
 
 def _without_norm_affine(layer: Layer) -> Layer:
@@ -314,7 +282,7 @@ def _without_norm_affine(layer: Layer) -> Layer:
     if norm is None or (norm.gain is None and norm.bias is None):
         return layer
     biases = [
-        _sum(b, norm.offset(one)) for b, one in zip((layer.w_bias, layer.v_bias), (layer.w, layer.v), strict=True)
+        added(b, norm.offset(one)) for b, one in zip((layer.w_bias, layer.v_bias), (layer.w, layer.v), strict=True)
     ]
     return replace(
         layer,
@@ -324,19 +292,3 @@ def _without_norm_affine(layer: Layer) -> Layer:
         v_bias=biases[1],
         norm=norm.without_affine(),
     )
-
-
-def _affine(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return torch.nn.functional.linear(x, weight, bias)
-
-
-def _with_column(weight: Tensor, bias: Tensor | None) -> Tensor:
-    return torch.cat([_or_zero(bias, weight[:, 0])[:, None], weight], 1)
-
-
-def _or_zero(value: Tensor | None, like: Tensor) -> Tensor:
-    return torch.zeros_like(like) if value is None else value
-
-
-def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:
-    return b if a is None else a if b is None else a + b

@@ -1,6 +1,6 @@
 """Metrics: in which inner product of inputs a spectrum is taken, which every spectrum depends on."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -43,30 +43,50 @@ class Metric:
 
     def energy(self, coordinates: Float[Tensor, "*batch coordinate"]) -> Float[Tensor, "*batch"]:
         """Squared length of coordinates x~: x~^T M^-1 x~."""
-        whitened = coordinates if self.inverse is None else coordinates @ self.inverse
+        whitened = coordinates if self.inverse is None else coordinates @ self.inverse.to(coordinates)
         return whitened.square().sum(-1)
 
 
-def moment(layer: Layer, inputs: Tensor | Iterable[Tensor]) -> Float[Tensor, "coordinate coordinate"]:
+def softmax_variance(logits: Float[Tensor, "*batch d_out"]) -> Float[Tensor, "*batch"]:
+    r"""How undecided a softmax is, :math:`\sum_u p_u (1 - p_u)`: the trace of its Fisher matrix in the logits.
+
+    As the weight of `data_metric` it measures a classifier's forms where errors in them could change its answer.
+    """
+    return 1 - logits.softmax(-1).square().sum(-1)
+
+
+def moment(
+    layer: Layer, inputs: Tensor | Iterable[Tensor], weight: Callable[[Tensor], Tensor] | None = None
+) -> Float[Tensor, "coordinate coordinate"]:
     """Second moment E[x~ x~^T] of the layer's coordinates over inputs, in float64.
 
     Args:
         layer: Whose coordinates.
         inputs: (..., d_in), or an iterable of such batches.
+        weight: Weight of every input, from the layer's outputs; None is 1.
 
     Raises:
-        ValueError: If there are no inputs, or they do not fit the layer.
+        ValueError: If there are no inputs, they do not fit the layer, or weights are negative, not finite or all 0.
     """
-    total, n = None, 0
+    total, n = None, 0.0
     for batch in [inputs] if isinstance(inputs, Tensor) else inputs:
         x = layer.coordinates(batch).double().reshape(-1, layer.n_coordinates)
-        total, n = x.T @ x if total is None else total + x.T @ x, n + len(x)
+        weights = x.new_ones(len(x)) if weight is None else weight(layer(batch)).double().reshape(-1)
+        if len(weights) != len(x) or not torch.isfinite(weights).all() or (weights < 0).any():
+            raise ValueError("weight must give one finite number, 0 or more, for every input")
+        part = (x * weights[:, None]).T @ x
+        total, n = part if total is None else total + part, n + float(weights.sum())
     if total is None or not n:
-        raise ValueError("inputs are empty; a second moment needs at least one input")
+        raise ValueError("inputs are empty or all of weight 0; a second moment needs at least one input")
     return total / n
 
 
-def data_metric(layer: Layer, inputs: Tensor | Iterable[Tensor], floor: float = 1e-6) -> Metric:
+def data_metric(
+    layer: Layer,
+    inputs: Tensor | Iterable[Tensor],
+    floor: float = 1e-6,
+    weight: Callable[[Tensor], Tensor] | None = None,
+) -> Metric:
     """The metric in which a form's norm is its size on data: the second moment of the layer's coordinates.
 
     Args:
@@ -74,16 +94,17 @@ def data_metric(layer: Layer, inputs: Tensor | Iterable[Tensor], floor: float = 
         inputs: (..., d_in), or an iterable of such batches.
         floor: Variances are not taken below this share of their mean, so that the metric can be inverted on
             directions that the data never enters. Rounding errors of a full decomposition grow with the condition
-            of the metric. Floors of 1 to 10 keep nearly as much of the layer on data, and far tighter bounds
+            of the metric. Floors of .1 to 2 keep nearly as much of the layer on data, and give tighter bounds
             (`Truncation.certified`), since inputs are then short in the metric's noise directions too.
+        weight: Weight of every input, from the layer's outputs (..., d_out); `softmax_variance` for a classifier.
 
     Returns:
         The metric. Spectra in it are the same in every basis of the input, up to the floor.
 
     Raises:
-        ValueError: If there are no inputs, or all are zero.
+        ValueError: If there are no inputs, or all are zero, or of weight 0.
     """
-    return metric_from_moment(layer, moment(layer, inputs), floor)
+    return metric_from_moment(layer, moment(layer, inputs, weight), floor)
 
 
 def metric_from_moment(layer: Layer, second_moment: Tensor, floor: float = 1e-6) -> Metric:
@@ -106,7 +127,13 @@ def resolved(layer: Layer, metric: str | Metric | Tensor | None) -> Metric:
 
     Raises:
         ValueError: For an unknown name, the sphere without a norm, or "data" without data.
+        TypeError: For what is no layer.
     """
+    if not isinstance(layer, Layer):
+        raise TypeError(
+            f"expected a bilinear.Layer, got {type(layer).__name__}; bilinear.read(module) makes one of a module, "
+            "and a gated layer's exact half is its .bilinear"
+        )
     if isinstance(metric, Metric):
         if metric.moment is not None and len(metric.moment) != layer.n_coordinates:
             raise ValueError(

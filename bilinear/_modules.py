@@ -70,6 +70,20 @@ class BilinearMLP(nn.Module):
         self.norm = norm
 
     @classmethod
+    def of(cls, weights: dict[str, tuple[Tensor, Tensor | None]], norm: Norm | None) -> "BilinearMLP":
+        """One with copies of given weights and biases of w, v, d and perhaps skip, in evaluation mode."""
+        (hidden, d_in), d_out = weights["w"][0].shape, len(weights["d"][0])
+        module = cls.empty(d_in, hidden, d_out).to(weights["w"][0])
+        if "skip" in weights:
+            module.skip = nn.Linear(d_in, d_out, bias=False, device="meta")
+        for name, (weight, bias) in weights.items():
+            linear = getattr(module, name)
+            linear.weight = nn.Parameter(weight.detach().clone())
+            linear.bias = None if bias is None else nn.Parameter(bias.detach().clone())
+        module.norm = None if norm is None else NormModule(norm)
+        return module.eval()
+
+    @classmethod
     def empty(cls, d_in: int, hidden: int, d_out: int) -> "BilinearMLP":
         """One with uninitialised weights, which draws nothing from the global random state."""
         with torch.device("meta"):

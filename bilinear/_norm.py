@@ -94,3 +94,10 @@ def norm_of(module: nn.Module) -> Norm:
     if eps is None:  # nn.RMSNorm's default
         eps = torch.finfo(gain.dtype if isinstance(gain, Tensor) else torch.get_default_dtype()).eps
     return Norm(kind, float(eps), *(None if x is None else x.detach() for x in (gain, bias)))
+
+
+def same_sphere(a: Norm | None, b: Norm | None) -> bool:
+    """Whether two layers' coordinates are the same function of the input."""
+    if a is None or b is None:
+        return a is b
+    return (a.kind, a.eps) == (b.kind, b.eps)

@@ -9,8 +9,9 @@ from jaxtyping import Float
 from scipy.optimize import brentq
 from torch import Tensor
 
+from bilinear._directions import Direction
 from bilinear._factors import forms
-from bilinear._layer import Direction, Layer
+from bilinear._layer import Layer
 
 _HARD = 1e-10  # share of the linear part below which it does not reach the top eigenvectors
 

@@ -7,6 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from bilinear._checks import check_inputs
+from bilinear._factors import balanced
 from bilinear._layer import Layer
 from bilinear._norm import Norm
 
@@ -78,12 +79,7 @@ def neuron_squares(layer: Layer) -> Squares:
 
     w and v are balanced to the same length first, so that the squares do not depend on the gauge.
     """
-    w, v, d = layer.factors()
-    sizes = w.norm(dim=1, keepdim=True), v.norm(dim=1, keepdim=True)
-    live = (sizes[0] * sizes[1] > 0)[:, 0]
-    w, v, d = w[live], v[live], d[:, live]
-    scale = (sizes[1][live] / sizes[0][live]).sqrt()
-    w, v = w * scale, v / scale
+    w, v, d = balanced(layer.factors())
     vectors = torch.cat([w + v, w - v]).T / 2
     return squares_of(layer, vectors, torch.cat([d, -d], 1), "exact")
 

@@ -6,23 +6,19 @@ from typing import NamedTuple
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
+from torch.nn.functional import pad
 
 from bilinear._checks import check_count, check_inputs
+from bilinear._directions import Direction
+from bilinear._dropped import Dropped, Interval, in_input_space, of_eigenpairs
 from bilinear._eigen import dense_pairs
-from bilinear._factors import Factors, forms
+from bilinear._factors import Factors, forms, spanned
 from bilinear._gram import as_double, traces
-from bilinear._layer import Direction, Layer
+from bilinear._layer import Layer
 from bilinear._metric import Metric, moment, resolved
 from bilinear._squares import Squares, squares_of
 
 _CHUNK = 1 << 24  # numbers held at a time
-
-
-class Interval(NamedTuple):
-    """Where the full layer's output certainly is, from the truncated one's."""
-
-    lower: Float[Tensor, "*batch direction"]
-    upper: Float[Tensor, "*batch direction"]
 
 
 class Certified(NamedTuple):
@@ -37,22 +33,6 @@ class Certified(NamedTuple):
     certain: Bool[Tensor, "*batch"]
     argmax: Tensor
     share: float
-
-
-class _Dropped(NamedTuple):
-    """What a metric says about the dropped part: its extreme eigenvalues beside vectors that it does not see.
-
-    Attributes:
-        metric: Where lengths are measured.
-        basis: Orthonormal columns, in whitened coordinates, of which the dropped part is (nearly) free.
-        low: Smallest eigenvalue of the dropped part on the complement of the basis.
-        high: Largest one.
-    """
-
-    metric: Metric
-    basis: Float[Tensor, "direction coordinate k"]
-    low: Float[Tensor, " direction"]
-    high: Float[Tensor, " direction"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,7 +54,7 @@ class Truncation:
     metric: Metric
     values: Float[Tensor, "direction coordinate"]
     layer: Layer
-    dropped: tuple[_Dropped, ...]
+    dropped: tuple[Dropped, ...]
 
     def __call__(self, x: Tensor) -> Float[Tensor, "*batch d_out"]:
         """The truncated layer's output on inputs (..., d_in)."""
@@ -84,23 +64,19 @@ class Truncation:
     def interval(self, x: Tensor) -> Interval:
         r"""Bounds per input on the full layer's output along each direction.
 
-        In every metric that was prepared, the dropped part acts only on the input's energy outside of the kept
-        vectors, with its own signs:
-        :math:`y - y_k \in [\lambda^-, \lambda^+] (\|z\|^2 - \|V_k^\top z\|^2)`; the intervals are intersected.
+        In every metric that was prepared, the dropped part acts only on the input's energy in the span of the layer's
+        forms and outside of the kept vectors, with its own signs:
+        :math:`y - y_k \in [\lambda^-, \lambda^+] (\|Sz\|^2 - \|V_k^\top z\|^2)`; the intervals are intersected.
 
         Args:
             x: (..., d_in).
         """
         check_inputs("x", x, self.layer.d_in, self.layer.w)
-        coordinates = self.layer.coordinates(x).double()
-        kept = self._kept(x)
-        lower = torch.full_like(kept, -torch.inf)
-        upper = torch.full_like(kept, torch.inf)
-        for one in self.dropped:
-            low, high = _outside(one, coordinates)
-            lower, upper = torch.maximum(lower, kept + low), torch.minimum(upper, kept + high)
-        slack = 1e2 * torch.finfo(x.dtype).eps * self._size(coordinates)
-        return Interval((lower - slack).to(x), (upper + slack).to(x))
+        coordinates, kept = self.layer.coordinates(x).double(), self._kept(x)
+        bounds = [one.bounds(coordinates) for one in self.dropped]
+        lower = kept + torch.stack([one.lower for one in bounds]).amax(0)
+        upper = kept + torch.stack([one.upper for one in bounds]).amin(0)
+        return Interval(lower.to(x), upper.to(x))
 
     def _kept(self, x: Tensor) -> Tensor:
         """What the kept components of each direction's own form give along it.
@@ -112,11 +88,6 @@ class Truncation:
         if self.layer.norm is None or self.layer.skip is None:
             return kept
         return kept + (self.layer.beside(x) @ self.directions.T).double()
-
-    def _size(self, coordinates: Tensor) -> Tensor:
-        """Size of the terms that outputs are sums of, to which rounding is relative."""
-        energy = self.metric.energy(coordinates.to(self.layer.w)).double()
-        return energy[..., None] * self.values[:, 0].abs().double()
 
     @torch.no_grad()
     def certified(self, x: Tensor) -> Certified:
@@ -215,35 +186,37 @@ def truncate(
     Raises:
         ValueError: For k beyond the coordinates, or `recentre` without a data metric.
     """
-    rows, measure = layer.directions(direction), resolved(layer, metric)
-    check_count("k", k, layer.n_coordinates, "coordinates of the layer")
+    measure, rows, n = resolved(layer, metric), layer.directions(direction), layer.n_coordinates
+    check_count("k", k, n, "coordinates of the layer")
     if recentre and measure.moment is None:
         raise ValueError("recentre=True needs a data metric; pass metric=bilinear.data_metric(layer, inputs)")
-    factors = measure.whitened(layer.factors())
-    n, values, kept, dropped = layer.n_coordinates, [], [], []
-    for part in rows.split(max(1, _CHUNK // n**2)):
-        pairs = dense_pairs(factors, part, min(n, 2 * layer.factors().w.shape[0]))
-        padded = torch.nn.functional.pad(pairs.values, (0, n - pairs.values.shape[1]))
-        values.append(padded)
-        found = pairs.vectors[:, :, :k]
-        kept.append(torch.nn.functional.pad(found, (0, k - found.shape[2])))
-        dropped.append(_own_bound(measure, kept[-1], padded, k))
-    every, vectors = torch.cat(values), torch.cat(kept)
-    reads = measure.vectors(vectors)
-    back = torch.linalg.pinv(rows)
-    flat = vectors.permute(1, 0, 2).flatten(1)
+    span = spanned(measure.whitened(layer.factors()))
+    values, kept = _spectra(span.factors, rows, k)
+    vectors = span.basis @ kept
+    flat, back = vectors.permute(1, 0, 2).flatten(1), torch.linalg.pinv(rows)
+    every = pad(values, (0, n - values.shape[1]))
     if refit:
-        writes = back @ rows @ _closest_writes(factors, flat)
+        writes = back @ rows @ _closest_writes(span.factors, kept.permute(1, 0, 2).flatten(1))
     else:
         writes = (back[:, :, None] * every[None, :, :k]).flatten(1)
     # Whitened, the second moment is the identity: the expected dropped output is the trace of what is dropped.
-    rest = back @ (rows @ traces(factors)) - writes @ flat.square().sum(0)
+    rest = back @ (rows @ traces(span.factors)) - writes @ flat.square().sum(0)
     origin = "exact" if k == n else "fitted" if refit else "truncated"
     squares = squares_of(layer, measure.vectors(flat), writes, origin, rest if recentre else None)
-    bounds = [_Dropped(measure, *(torch.cat(one) for one in list(zip(*dropped, strict=True))[1:]))]
+    bounds = [of_eigenpairs(measure, span, rows, kept, values)]
     if measure.root is not None:
-        bounds.append(_euclidean_bound(layer, rows, reads, every[:, :k]))
+        bounds.append(in_input_space(layer, rows, measure.vectors(vectors), every[:, :k]))
     return Truncation(squares, rows, k, measure, every, layer, tuple(bounds))
+
+
+def _spectra(factors: Factors, rows: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """All eigenvalues of every direction, largest in size first, and the first k vectors, padded with zeros."""
+    n, values, kept = factors.w.shape[1], [], []
+    for part in rows.split(max(1, _CHUNK // n**2)):
+        pairs = dense_pairs(factors, part, n)
+        values.append(pairs.values)
+        kept.append(pad(pairs.vectors[:, :, :k], (0, max(0, k - n))).clone())
+    return torch.cat(values), torch.cat(kept)
 
 
 def _closest_writes(factors: Factors, vectors: Tensor) -> Float[Tensor, "d_out component"]:
@@ -256,33 +229,3 @@ def _closest_writes(factors: Factors, vectors: Tensor) -> Float[Tensor, "d_out c
     writes = torch.linalg.lstsq((s.T @ s).square().cpu(), target.T.cpu(), driver="gelsd", rcond=1e-10).solution.T
     sizes = vectors.double().square().sum(0).clamp_min(torch.finfo(s.dtype).tiny)
     return (writes.to(s) / sizes).to(vectors)
-
-
-def _own_bound(measure: Metric, vectors: Tensor, values: Tensor, k: int) -> _Dropped:
-    """In the metric of the truncation the dropped part is exactly free of the kept vectors."""
-    rest = values[:, k:] if k < values.shape[1] else values[:, :1] * 0
-    low, high = rest.amin(1).double(), rest.amax(1).double()
-    return _Dropped(measure, vectors.double(), low, high)
-
-
-def _euclidean_bound(layer: Layer, rows: Tensor, reads: Tensor, values: Tensor) -> _Dropped:
-    """The dropped part of another metric's truncation, by its Euclidean extreme eigenvalues."""
-    low, high = [], []
-    factors = as_double(layer.factors())
-    for row, vectors, own in zip(rows.double(), reads.double(), values.double(), strict=True):
-        rest = forms(factors, row[None])[0] - (vectors * own) @ vectors.T
-        spectrum = torch.linalg.eigvalsh(rest)
-        low.append(spectrum[0])
-        high.append(spectrum[-1])
-    ends = torch.stack(low), torch.stack(high)
-    empty = reads.new_zeros(len(rows), reads.shape[1], 0).double()
-    return _Dropped(Metric("input"), empty, *ends)
-
-
-def _outside(bound: _Dropped, coordinates: Tensor) -> tuple[Tensor, Tensor]:
-    """Interval of the dropped part's output on each input."""
-    whitened = coordinates if bound.metric.inverse is None else coordinates @ bound.metric.inverse.double()
-    whole = whitened.square().sum(-1)[..., None]
-    inside = torch.einsum("...d,ndk->...nk", whitened, bound.basis).square().sum(-1)
-    energy = (whole - inside).clamp_min(0)
-    return energy * bound.low, energy * bound.high

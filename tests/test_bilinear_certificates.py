@@ -42,6 +42,41 @@ def test_intervals_hold_along_dependent_directions(d_in: int, hidden: int, d_out
         assert (lower <= full).all() and (full <= upper).all()
 
 
+@given(**cases, k=st.integers(1, 3), data=st.booleans())
+@settings(max_examples=40)
+def test_intervals_hold_in_float32_and_where_forms_cancel(
+    d_in: int, hidden: int, d_out: int, kind: str, seed: int, k: int, data: bool
+):
+    """A small difference of large layers, in single precision."""
+    layer = bilinear_layer(d_in, hidden, d_out, kind, seed)
+    near = replace(layer, d=layer.d * (1 + 1e-4 * drawn(d_out, hidden, seed=seed + 5)))
+    x, made = drawn(40, d_in, seed=seed + 1).float(), drawn(30, d_in, seed=seed + 2).float()
+
+    for one in (layer.to(torch.float32), (layer - near).to(torch.float32)):
+        metric = data_metric(one, made, floor=1e-2) if data else None
+        lower, upper = truncate(one, min(k, one.n_coordinates), metric=metric).interval(x)
+
+        full = one(x)
+        assert (lower <= full).all() and (full <= upper).all()
+
+
+@pytest.mark.parametrize("data", [False, True])
+def test_what_no_form_reads_costs_no_certainty(data: bool):
+    """Energy in coordinates that a narrow embedding never reads does not widen the intervals."""
+    core, embedding = bilinear_layer(8, 20, 3), drawn(8, 60, seed=4)
+    wide, p = core.with_embedding(embedding), drawn(100, 60, seed=5)
+    beside = drawn(100, 60, seed=6)
+    beside = beside - beside @ torch.linalg.pinv(embedding) @ embedding
+    metric = data_metric(wide, torch.eye(60).double()) if data else None
+
+    cut = truncate(wide, 4, metric=metric)
+
+    near, far = cut.interval(p), cut.interval(p + 10 * beside)
+    assert_close(near.upper - near.lower, far.upper - far.lower, rtol=1e-6, atol=1e-6)
+    full = wide(p)
+    assert (near.lower <= full).all() and (full <= near.upper).all()
+
+
 def test_intervals_shrink_to_the_output_when_all_is_kept():
     layer, x = bilinear_layer(5, 8, 3, "biases"), drawn(20, 5)
 

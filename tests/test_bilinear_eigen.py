@@ -1,3 +1,5 @@
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 import torch
@@ -6,7 +8,7 @@ from hypothesis import strategies as st
 from scipy.sparse.linalg import LinearOperator, eigsh
 from torch.testing import assert_close
 
-from bilinear import BilinearMLP, Layer, data_metric, eigen, neuron_squares
+from bilinear import BilinearMLP, Layer, data_metric, eigen, neuron_squares, softmax_variance
 from tests.bilinear_models import bilinear_layer, cases, term_scale
 from tests.models import drawn
 
@@ -84,6 +86,31 @@ def test_the_data_spectrum_does_not_depend_on_the_basis_of_the_input(d_in: int, 
 
     scale = float(one.values.abs().max() + 1e-300)
     assert_close(two.values.sort()[0], one.values.sort()[0], rtol=0, atol=1e-8 * scale)
+
+
+def test_a_weighted_data_metric_counts_inputs_as_weighted():
+    layer, x = bilinear_layer(4, 6, 3, "biases"), drawn(30, 4)
+
+    weighted = data_metric(layer, [x[:10], x[10:]], weight=softmax_variance)
+
+    p = layer(x).softmax(1)
+    weights, coordinates = (p * (1 - p)).sum(1), layer.coordinates(x)
+    expected = torch.einsum("b,bi,bj->ij", weights, coordinates, coordinates) / weights.sum()
+    assert_close(weighted.moment, expected)
+    assert_close(data_metric(layer, x, weight=lambda y: y[:, 0] * 0 + 3).moment, data_metric(layer, x).moment)
+
+
+@pytest.mark.parametrize(
+    "weight", [lambda y: y[:, 0] - 1e9, lambda y: y[:, 0] * torch.nan, lambda y: y[:1, 0].abs(), lambda y: y]
+)
+def test_weights_that_are_none_are_refused(weight: Callable[[torch.Tensor], torch.Tensor]):
+    with pytest.raises(ValueError, match="one finite number, 0 or more, for every input"):
+        data_metric(bilinear_layer(4, 6, 3), drawn(30, 4), weight=weight)
+
+
+def test_inputs_of_no_weight_are_refused():
+    with pytest.raises(ValueError, match="all of weight 0"):
+        data_metric(bilinear_layer(4, 6, 3), drawn(30, 4), weight=lambda y: 0 * y[:, 0])
 
 
 def test_the_input_spectrum_depends_on_the_basis():
@@ -252,6 +279,8 @@ def test_printing_shows_the_largest_pairs():
     text = str(eigen(bilinear_layer(5, 6, 12, "biases"), k=3))
 
     assert "12 directions of a bilinear layer 5 -> 12, 3 of 6 eigenpairs, metric input" in text
+    equal = str(eigen(Layer(torch.eye(3), torch.eye(3), torch.tensor([[2.0, 1, 1]])), 0))
+    assert equal.count("1 pair\n") == 1 and equal.count("2 pairs\n") == 2
     assert "offset" in text and "effective rank" in text and "... and 4 more directions" in text
 
 

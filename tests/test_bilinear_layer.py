@@ -1,3 +1,4 @@
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -187,3 +188,18 @@ def test_what_cannot_be_folded_is_refused():
         _ = layer + bilinear_layer(4, 4, 2, "rms")
     with pytest.raises(ValueError, match="kind must be 'rms' or 'layer', got 'batch'"):
         Norm("batch")  # type: ignore[arg-type]
+
+
+def test_directions_come_as_numbers_lists_arrays_or_tensors():
+    layer, rows = bilinear_layer(4, 6, 3), drawn(2, 3)
+
+    several = layer.form(rows)
+    assert several.shape == (2, 4, 4)
+    for same in (rows.tolist(), rows.numpy(), list(rows), tuple(map(tuple, rows.tolist()))):
+        assert_close(layer.form(same), several)
+    for same in (rows[0].tolist(), rows[0].numpy(), tuple(rows[0].tolist())):
+        assert_close(layer.form(same), several[0])
+    assert_close(layer.form(np.int64(2)), layer.form(2))
+    for wrong in (1.5, [[1.0], [1.0, 2.0]], ["a"]):
+        with pytest.raises(TypeError, match="direction must be an output's number, numbers, or rows of numbers"):
+            layer.form(wrong)
