@@ -13,14 +13,13 @@ from weightdecomp._config import Config
 from weightdecomp._divergence import Divergence
 from weightdecomp._effects import Trade, effects, highest_price, opened
 from weightdecomp._forward import Masks, inner_activations, masked, recorded
-from weightdecomp._independent import independent
 from weightdecomp._ledger import Ledger, price, value_bits, wires
 from weightdecomp._pieces import Pieces
+from weightdecomp._portfolio import Member, portfolio
 from weightdecomp._processes import ALONE, Processes
 from weightdecomp._sample import Sample, ablated_entirely, site_rows
 from weightdecomp._sites import Site
-from weightdecomp._spans import span_start
-from weightdecomp._starts import Reach, exemplar_start, exemplars, plain_starts
+from weightdecomp._starts import Reach
 
 _ROUNDS = 10  # bisections of the price
 _SCOUT = (4, 1, 4096)  # steps, restarts and inputs of the attack inside the bisection: many inputs, as damage varies
@@ -75,37 +74,24 @@ def chosen_start(
     rows, hits = site_rows(model, sample, site, divergence)
     reach = Reach(matrix, rows)
     most = max(2, int(config.capacity * min(matrix.shape)))
-    portfolio, held, falls = plain_starts(matrix, reach, most), dict[str, Tensor](), dict[str, float]()
-    for family in exemplars(rows @ reach.basis, reach.power, hits, most):
-        for n, fall in family.cuts.items():
-            name = f"exemplars {n} at {family.agreement}"
-            portfolio[name] = exemplar_start(reach, family.directions[:n])
-            held[name], falls[name] = family.directions[:n], fall
-    directions = independent(rows @ reach.basis)
-    if directions is not None and len(directions) <= most:
-        portfolio["independent"], held["independent"] = exemplar_start(reach, directions), directions
-    spans = span_start(reach, rows @ reach.basis)
-    if spans is not None:
-        portfolio["spans"], held["spans"] = spans
-    spent = {name: _spent(model, sample, site, pieces, divergence, tolerance) for name, pieces in portfolio.items()}
+    members = portfolio(matrix, reach, rows, hits, most)
+    spent = {name: _spent(model, sample, site, one.pieces, divergence, tolerance) for name, one in members.items()}
     size = rows.square().mean(0).sqrt()
-    work = {name: _work(portfolio[name], size, *one, tolerance) for name, one in spent.items()}
+    work = {name: _work(members[name].pieces, size, *one, tolerance) for name, one in spent.items()}
+    best = _best(members, work)
+    bits = min(one for _, one in spent.values())
+    origin = {"basis": reach.basis, "power": reach.power, "held": members[best].held}
+    return Start(best, members[best].pieces, bits, dict(sorted(work.items(), key=lambda item: item[1])), origin)
+
+
+def _best(members: Mapping[str, Member], work: Mapping[str, float]) -> str:
+    """The member that does the least work, or of its family where that is exemplars."""
     best = min(work, key=lambda name: work[name])
+    falls = {name: one.fall for name, one in members.items() if one.fall is not None}
     if best in falls:
         # Work hardly tells one exemplar more or less; where the density falls most, the mechanisms end.
         best = min(falls, key=lambda name: work[name] / falls[name] ** _FALL)
-    origin = {"basis": reach.basis, "power": reach.power, "held": _held(best, held.get(best), reach)}
-    bits = min(one for _, one in spent.values())
-    return Start(best, portfolio[best], bits, dict(sorted(work.items(), key=lambda item: item[1])), origin)
-
-
-def _held(name: str, exemplars: Tensor | None, reach: Reach) -> Float[Tensor, "held reach"]:
-    """The input directions to which the components' answers are given, by exemplars or the model's own coordinates."""
-    whole = torch.eye(len(reach.power), dtype=reach.power.dtype, device=reach.power.device)
-    if exemplars is None:
-        return whole[:0] if name == "svd" else whole
-    # More exemplars than dimensions cannot each have a component that answers to it alone.
-    return exemplars if len(exemplars) <= len(whole) else whole[:0]
+    return best
 
 
 def _spent(

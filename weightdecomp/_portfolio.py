@@ -1,0 +1,63 @@
+"""The portfolio of one site: the exact decompositions that the ledger chooses from."""
+
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from weightdecomp._independent import independent
+from weightdecomp._pieces import Pieces
+from weightdecomp._spans import span_start
+from weightdecomp._starts import Reach, exemplar_start, exemplars, plain_starts
+
+
+class Member(NamedTuple):
+    """One exact decomposition.
+
+    Attributes:
+        pieces: Its components.
+        held: Directions in the basis of the reach to which the components' answers are given; what these do not span
+            is left to refinement.
+        fall: Of exemplars, the factor by which the density of inputs falls after the last; None for others.
+    """
+
+    pieces: Pieces
+    held: Float[Tensor, "held reach"]
+    fall: float | None = None
+
+
+def portfolio(
+    matrix: Float[Tensor, "d_out d_in"],
+    reach: Reach,
+    rows: Float[Tensor, "row d_in"],
+    hits: Float[Tensor, " row"],
+    most: int,
+) -> dict[str, Member]:
+    """All members, by name.
+
+    Args:
+        matrix: The site's weight.
+        reach: The span of its inputs.
+        rows: Its inputs.
+        hits: Divergence of the final output when the whole site is ablated on that input.
+        most: Components of a member at most.
+    """
+    whole = torch.eye(len(reach.power), dtype=reach.power.dtype, device=reach.power.device)
+    plain = plain_starts(matrix, reach, most)
+    # Singular pairs mean nothing one by one and are all refined; coordinates are the model's own.
+    found = {name: Member(pieces, whole[:0] if name == "svd" else whole) for name, pieces in plain.items()}
+    inner = rows @ reach.basis
+    for family in exemplars(inner, reach.power, hits, most):
+        for n, fall in family.cuts.items():
+            some = family.directions[:n]
+            # More exemplars than dimensions cannot each have a component that answers to it alone.
+            held = some if n <= len(whole) else whole[:0]
+            found[f"exemplars {n} at {family.agreement}"] = Member(exemplar_start(reach, some), held, fall)
+    directions = independent(inner)
+    if directions is not None and len(directions) <= most:
+        found["independent"] = Member(exemplar_start(reach, directions), directions)
+    spans = span_start(reach, inner)
+    if spans is not None:
+        found["spans"] = Member(*spans)
+    return found
