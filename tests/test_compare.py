@@ -2,18 +2,25 @@
 
 import json
 import math
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import nn
 from torch.testing import assert_close
 
-from tests.models import sparse
+from tests.models import seeded, sparse
 from weightdecomp import Comparison, Decomposition, compare
 from weightdecomp._compare import matched_cosine
+from weightdecomp._divergence import named
 from weightdecomp._ledger import price, value_bits
+from weightdecomp._sites import find_sites
 from weightdecomp._verify import verification
-from weightdecomp.baselines import NAMES, PCA, SAE, SVD, Neurons, TopK, Training, protocols
-from weightdecomp.baselines._bank import Bank, Fitted
+from weightdecomp.baselines import MDLSAE, NAMES, PCA, SAE, SVD, Data, KMeans, Neurons, TopK, Training, protocols
+from weightdecomp.baselines._bank import Bank, Fitted, dictionary
+from weightdecomp.baselines._coder import Coder
+from weightdecomp.baselines._mdl import described
 from weightdecomp.baselines._ours import as_fitted
 from weightdecomp.baselines._price import code_length, priced, quantised_length
 
@@ -115,6 +122,14 @@ def test_the_best_setting_is_the_cheapest_within_the_tolerance(decomposed: Decom
         ({"batches": [torch.full((8, 5), torch.nan)]}, ValueError, "NaN"),
         ({"batches": [sparse(3, 5)]}, ValueError, "pass at least 4"),
         ({"batches": [sparse(8, 5), sparse(8, 5).reshape(4, 2, 5)]}, ValueError, "different shapes"),
+        ({"labels": torch.zeros(63, dtype=torch.long)}, ValueError, r"of shape \(64,\), got torch.int64 of \(63,\)"),
+        ({"labels": torch.zeros(64)}, ValueError, "labels must be whole numbers"),
+        ({"labels": torch.full((64,), 3)}, ValueError, "from 0 to 2, -100 where there is none; got 3 to 3"),
+        ({"labels": torch.full((64,), -100)}, ValueError, "got none"),
+        ({"truth": []}, ValueError, "truth is empty"),
+        ({"truth": [{"1": torch.ones(3, 8)}]}, ValueError, r"truth\[0\] names '1', .* did you mean '[02]'"),
+        ({"truth": [{"2": torch.ones(8, 3)}]}, ValueError, r"truth\[0\]\['2'\] must have .* \(3, 8\), got \(8, 3\)"),
+        ({"truth": [{"2": torch.zeros(3, 8)}]}, ValueError, r"truth\[0\] changes no output"),
         ({"batches": [torch.zeros(64, 5)], "evaluate": [torch.zeros(8, 5)]}, ValueError, "constant|no unit"),
     ],
 )
@@ -130,6 +145,146 @@ def test_bad_input_is_refused_by_name(decomposed: Decomposition, arguments: dict
 
 def test_names_are_distinct():
     assert len(set(NAMES)) == len(NAMES)
+
+
+def test_a_setting_that_cannot_be_tried_is_named(decomposed: Decomposition):
+    methods = [KMeans(ratio=1.0), KMeans(ratio=10.0)]
+
+    found = compare(decomposed, [sparse(64, 5)], methods, attack=1, progress=False)
+
+    assert found.row("k-means").points[0].setting == "1 x width"
+    assert "not tried at 10 x width: k-means at '0' needs at least 50 rows, got 48" in found.row("k-means").reason
+    assert "k-means: not tried at 10 x width" in str(found)
+
+
+def test_a_setting_that_leaves_a_site_as_it_is_is_not_the_best_for_that(decomposed: Decomposition):
+    methods = [KMeans(ratio=1.0), KMeans(ratio=9.0)]  # 9 x 8 clusters are more than the rows at the second site
+
+    found = compare(decomposed, [sparse(64, 5)], methods, attack=1, progress=False)
+
+    by_setting = {p.setting: p.propagating for p in found.points if p.method == "k-means"}
+    assert by_setting["9 x width"] < by_setting["1 x width"]
+    assert found.row("k-means").points[0].setting == "1 x width"
+
+
+def test_a_training_that_diverges_is_a_row_with_the_reason(decomposed: Decomposition):
+    method = replace(QUICK_SAE, training=Training(steps=20, batch=64, rate=1e30))
+
+    found = compare(decomposed, [sparse(64, 5)], [method, "pca"], attack=1, tune=False, progress=False)
+
+    assert "use a smaller rate" in found.row("sae topk").reason
+    assert found.row("pca").points
+
+
+# ------------------------------------------------------------ labels and known mechanisms
+
+
+@dataclass(frozen=True)
+class Copies:
+    """The last layer's neurons, each as several equal units, all written at a share of their size."""
+
+    n: int = 1
+    share: float = 1.0
+    name = "copies"
+
+    @property
+    def setting(self) -> str:
+        return f"{self.n} copies, {self.share:g}"
+
+    def grid(self) -> list["Copies"]:
+        return [self]
+
+    def fit(self, data: Data, seed: int = 0, on_step: object = None) -> Fitted:
+        site = data.sites[-1]
+        eye = torch.eye(site.shape[1]).repeat(self.n, 1)
+        bank = dictionary(site, lambda x: x @ eye.T, eye * self.share / self.n, 0 * eye[0], numbers=1)
+        return Fitted(self.name, self.setting, data.sites, [bank])
+
+
+def last_layer(decomposition: Decomposition) -> nn.Linear:
+    layer = decomposition.target.get_submodule("2")
+    assert isinstance(layer, nn.Linear)
+    return layer
+
+
+def likelier(decomposition: Decomposition, x: torch.Tensor) -> torch.Tensor:
+    """Labels that the model finds likelier than its last bias alone does."""
+    bias = last_layer(decomposition).bias.detach()
+    return (decomposition.target(x).detach().log_softmax(1) - bias.log_softmax(0)).argmax(1)
+
+
+def column(layer: nn.Linear, along: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The share of the last weight that reads one direction."""
+    return {"2": layer.weight.detach() @ torch.outer(along, along)}
+
+
+def test_cross_entropy_recovered_is_what_the_logits_say(decomposed: Decomposition):
+    """At a share s of what the last layer adds to its bias b, logits are s (f - b) + b; ablated they are b."""
+    x, layer = sparse(64, 5), last_layer(decomposed)
+    logits, bias = decomposed.target(x).detach(), layer.bias.detach()
+    labels = likelier(decomposed, x)
+    labels[::5] = -100
+
+    found = compare(decomposed, [sparse(64, 5, seed=2)], [Copies(share=0.5)], evaluate=[x], labels=labels, attack=1,
+                    progress=False)  # fmt: skip
+
+    whole, half, none = (
+        float(F.cross_entropy(y, labels)) for y in (logits, (logits - bias) / 2 + bias, bias.expand_as(logits))
+    )
+    assert found.row("copies").points[0].loss_recovered == pytest.approx((none - half) / (none - whole), rel=1e-4)
+    assert "CE" in str(found)
+
+
+def test_a_held_out_input_has_its_own_label(decomposed: Decomposition):
+    """Labels of inputs that are fitted on are not looked at."""
+    x = sparse(64, 5)
+    labels = likelier(decomposed, x)
+    wrong = torch.where(torch.arange(64) % 4 == 3, labels, (labels + 1) % 3)
+
+    one, other = (
+        compare(decomposed, [x], [PCA(share=0.5)], labels=given, attack=1, progress=False) for given in (labels, wrong)
+    )
+
+    assert one.points[1].loss_recovered == other.points[1].loss_recovered
+    assert compare(decomposed, [x], [PCA(share=1.0)], labels=labels, attack=1, progress=False).points[
+        1
+    ].loss_recovered == pytest.approx(1.0, abs=1e-5)
+
+
+def test_labels_that_the_model_knows_nothing_of_are_refused(decomposed: Decomposition):
+    x = sparse(64, 5)
+
+    with pytest.raises(ValueError, match="none to recover; check their order"):
+        compare(decomposed, [x], ["pca"], labels=(likelier(decomposed, x) + 1) % 3, progress=False)
+
+
+def test_units_split_as_capacity_grows(decomposed: Decomposition):
+    """A mechanism that n equal units share is found whole, as a group of n."""
+    x = sparse(256, 5)
+    used = (decomposed.target.get_submodule("0")(x[3::4]) > 0).any(0)
+    truth = [column(last_layer(decomposed), along) for along in torch.eye(8)[used]]
+
+    found = compare(decomposed, [x], [Copies(n) for n in (3, 1, 2)], truth=truth, attack=1, progress=False)
+
+    assert all(p.effects_matched == pytest.approx(1.0, abs=1e-6) for p in found.points if p.method == "copies")
+    assert found.splitting("copies") == [(8, 1.0), (16, 2.0), (24, 3.0)]
+    assert "split" in str(found)
+
+
+def test_mechanisms_in_another_basis_are_not_matched(decomposed: Decomposition):
+    rotation = torch.linalg.qr(torch.randn(8, 8, generator=torch.Generator().manual_seed(3))).Q
+    truth = [column(last_layer(decomposed), along) for along in rotation]
+
+    found = compare(decomposed, [sparse(256, 5)], [Copies()], truth=truth, attack=1, progress=False)
+
+    assert found.row("copies").median(lambda p: p.effects_matched or 0.0) < 0.8
+
+
+def test_splitting_needs_known_mechanisms(compared: Comparison):
+    with pytest.raises(ValueError, match="pass truth="):
+        compared.splitting("pca")
+    with pytest.raises(ValueError, match="'pcas' was not compared"):
+        compared.splitting("pcas")
 
 
 # ------------------------------------------------------------ the code's closed-form cases
@@ -203,6 +358,32 @@ def test_the_coarsest_bins_within_the_error_are_taken():
 
 def test_an_error_that_cannot_be_met_costs_infinitely_many_bits():
     assert quantised_length(torch.ones(4, 1), lambda _: 1.0, 0.5) == (math.inf, 0.0)
+
+
+def test_an_autoencoder_costs_its_latents_and_its_numbers():
+    """Eight one-hot rows and a latent for each: h(1/8) bits of names each, no bits of values, numbers paid once."""
+    eye, zero = torch.eye(8, dtype=torch.float64), torch.zeros(8, dtype=torch.float64)
+    coder = Coder(eye, zero, eye, zero, zero, TopK(k=1), torch.zeros(0))
+
+    bits, error = described(coder, eye.repeat(10, 1), most=0.01)
+
+    names = 1 / 8 * math.log2(8) + 7 / 8 * math.log2(8 / 7)
+    numbers = (2 * 8 + 1) * 0.5 * math.log2(1 + 80 / 8) / 80
+    assert bits == pytest.approx(8 * (names + numbers))
+    assert error == 0
+
+
+def test_the_autoencoder_of_fewest_bits_has_the_planted_sparsity():
+    """Two of sixteen orthogonal features on a row: two latents tell all, more are noise that has to be named."""
+    rng = torch.Generator().manual_seed(5)
+    which = torch.rand(512, 16, generator=rng).argsort(1)[:, :2]
+    x = torch.zeros(512, 16).scatter(1, which, 1 + torch.rand(512, 2, generator=rng))
+    model = seeded(nn.Linear(16, 2))
+    on = Data(model, [x], find_sites(model, x)[0], named("mse", "for a test"), 0.02)
+
+    bank = MDLSAE(error=0.1, training=Training(steps=400, batch=128)).fit(on).banks[0]
+
+    assert float((bank.encode(x) != 0).float().sum(1).mean()) == pytest.approx(2, abs=0.5)
 
 
 def test_an_active_value_costs_its_rate_at_the_tolerance():

@@ -3,27 +3,29 @@
 1. Hold a quarter of the inputs out; record the target on the rest.
 2. Fit every method at every setting of its stated grid, with every seed.
 3. Score each, and the decomposition, in the same form by the same protocols and the same ledger.
-4. Keep a method's best setting: the fewest bits within the tolerance.
+4. Keep a method's best setting: at as many sites as it can, the fewest bits within the tolerance.
 """
 
 import difflib
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 
 import torch
 from scipy.optimize import linear_sum_assignment
+from torch import Tensor
 from tqdm import tqdm
 
 from weightdecomp import baselines
 from weightdecomp._batches import Batch, joined, select, size, tensors
 from weightdecomp._comparison import Comparison, Point, Row
 from weightdecomp._decomposition import Decomposition
+from weightdecomp._judge import Judge, Share, known, labelled
 from weightdecomp.baselines import protocols
 from weightdecomp.baselines._bank import Fitted
 from weightdecomp.baselines._cost import Meter
 from weightdecomp.baselines._data import Data, Inapplicable
 from weightdecomp.baselines._method import Method
 from weightdecomp.baselines._ours import as_fitted
-from weightdecomp.baselines._price import frequencies, priced
 
 _HELD_OUT = 4  # every fourth input is scored on
 _RESTARTS = 3
@@ -35,6 +37,8 @@ def compare(
     methods: Sequence[str | Method] | None = None,
     *,
     evaluate: Iterable[Batch] | None = None,
+    labels: Tensor | None = None,
+    truth: Sequence[Share] | None = None,
     seeds: int = 1,
     inputs: int = 1024,
     attack: int = 20,
@@ -49,6 +53,10 @@ def compare(
         methods: Names, as `weightdecomp.baselines.NAMES` lists them, or objects with settings of your own; None takes
             all. Of a name the whole grid of settings is tried, of an object only the settings it has.
         evaluate: Inputs to score on; None holds every fourth input of `batches` out of the fits.
+        labels: The right class of every input (and position, -100 where there is none) of `evaluate`, or of `batches`
+            where that is None; the cross-entropy that each method recovers is then told.
+        truth: Where the mechanisms are known, their shares of the weights by site; causal-effect matching and
+            splitting are then told. Objects of several widths show how units split as capacity grows.
         seeds: Fits of every method.
         inputs: Inputs to score on at most.
         attack: Steps of the adversarial protocol, 3 restarts.
@@ -59,7 +67,7 @@ def compare(
         A table, a plot and all figures. A method that cannot be used is a row with the reason.
 
     Raises:
-        ValueError: For an unknown method (naming the nearest), bad batches or settings.
+        ValueError: For an unknown method (naming the nearest), bad batches, labels, shares or settings.
         TypeError: For a method that is neither a name nor a method.
 
     Source:
@@ -69,10 +77,11 @@ def compare(
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
     chosen = _chosen(methods, tune)
-    fit_on, score_on = _split(decomposition, batches, evaluate, inputs)
+    fit_on, score_on, index, among = _split(decomposition, batches, evaluate, inputs)
     data = Data(decomposition.target, [fit_on], decomposition.sites, decomposition.divergence, decomposition.tolerance)
     trial = protocols.trial(data.model, score_on, data.sites, data.divergence)
-    own = _point(trial, as_fitted(decomposition), 0, data.tolerance, attack, Meter())
+    judge = Judge(trial, data.tolerance, attack, _RESTARTS, labelled(trial, labels, index, among), known(trial, truth))
+    own = judge(as_fitted(decomposition), 0, Meter())
     rows, points = [_row(own.method, [[own]], data.tolerance)], [own]
     with tqdm(total=seeds * sum(len(grid) for grid in chosen.values()), disable=not progress, leave=False) as bar:
 
@@ -81,7 +90,7 @@ def compare(
             bar.update()
 
         for name, grid in chosen.items():
-            row, found = _scored(name, grid, data, trial, seeds, attack, tell)
+            row, found = _scored(name, grid, data, judge, seeds, tell)
             rows.append(row)
             points += found
     return Comparison(
@@ -101,14 +110,14 @@ def _chosen(methods: Sequence[str | Method] | None, tune: bool) -> dict[str, lis
     """The settings to try, by method."""
     if isinstance(methods, str):
         raise TypeError(f"methods must be a list, got the string {methods!r}; write methods=[{methods!r}]")
-    known = {method.name: method for method in baselines.ALL}
+    named = {method.name: method for method in baselines.ALL}
     found: dict[str, list[Method]] = {}
-    for one in known if methods is None else methods:
+    for one in named if methods is None else methods:
         if isinstance(one, str):
-            if one not in known:
-                near = difflib.get_close_matches(one.lower(), known, n=1, cutoff=0.0)
-                raise ValueError(f"methods: no method {one!r}; did you mean {near[0]!r}? There are {list(known)}")
-            method = known[one]
+            if one not in named:
+                near = difflib.get_close_matches(one.lower(), named, n=1, cutoff=0.0)
+                raise ValueError(f"methods: no method {one!r}; did you mean {near[0]!r}? There are {list(named)}")
+            method = named[one]
             found[one] = list(method.grid()) if tune else [method]
         elif isinstance(one, Method) and not isinstance(one, type):
             found.setdefault(one.name, []).append(one)
@@ -117,23 +126,25 @@ def _chosen(methods: Sequence[str | Method] | None, tune: bool) -> dict[str, lis
                 f"methods: expected a name or a method such as weightdecomp.baselines.PCA(share=0.5), got {one!r}"
             )
     if not found:
-        raise ValueError(f"methods is empty; choose from {list(known)}")
+        raise ValueError(f"methods is empty; choose from {list(named)}")
     return found
 
 
 def _split(
     decomposition: Decomposition, batches: Iterable[Batch], evaluate: Iterable[Batch] | None, inputs: int
-) -> tuple[Batch, Batch]:
-    """One batch to fit on and one to score on."""
+) -> tuple[Batch, Batch, Tensor, int]:
+    """One batch to fit on, one to score on, and the latter's numbers among how many it was taken from."""
     whole = _one(decomposition.read(batches), "batches")
     index = torch.arange(size(whole), device=tensors(whole)[0].device)
     if evaluate is not None:
         held = _one(decomposition.read(evaluate), "evaluate")
-        return whole, select(held, torch.arange(min(size(held), inputs), device=index.device))
+        scored = torch.arange(size(held), device=index.device)[:inputs]
+        return whole, select(held, scored), scored, size(held)
     if size(whole) < _HELD_OUT:
         raise ValueError(f"batches hold {size(whole)} inputs; pass at least {_HELD_OUT}, a quarter is held out")
     held_out = index % _HELD_OUT == _HELD_OUT - 1
-    return select(whole, index[~held_out]), select(whole, index[held_out][:inputs])
+    scored = index[held_out][:inputs]
+    return select(whole, index[~held_out]), select(whole, scored), scored, size(whole)
 
 
 def _one(batches: Sequence[Batch], name: str) -> Batch:
@@ -147,15 +158,14 @@ def _scored(
     name: str,
     grid: Sequence[Method],
     data: Data,
-    trial: protocols.Trial,
+    judge: Judge,
     seeds: int,
-    attack: int,
     tell: Callable[[Method, int], None],
 ) -> tuple[Row, list[Point]]:
-    """A method at every setting and seed, or the reason why it is not there."""
+    """A method at every setting and seed, and the reasons of those that are not there."""
     by_setting: list[list[Point]] = []
     fits: list[list[Fitted]] = []
-    reason = ""
+    refused: dict[str, str] = {}
     for method in grid:
         points, fitted = [], []
         for seed in range(seeds):
@@ -164,61 +174,39 @@ def _scored(
                 with Meter() as meter:
                     one = method.fit(data, seed)
             except Inapplicable as error:
-                reason = str(error)
+                refused[method.setting] = str(error)
                 break
-            points.append(_point(trial, one, seed, data.tolerance, attack, meter))
+            points.append(judge(one, seed, meter))
             fitted.append(one)
         if points:
             by_setting.append(points)
             fits.append(fitted)
     if not by_setting:
-        return Row(name, reason=reason), []
+        return Row(name, reason=list(refused.values())[-1]), []
     row = _row(name, by_setting, data.tolerance, fits)
-    return row, [point for points in by_setting for point in points]
+    notes = "; ".join([*[f"not tried at {setting}: {why}" for setting, why in refused.items()], row.reason]).strip("; ")
+    return replace(row, reason=notes), [point for points in by_setting for point in points]
 
 
 def _row(
     name: str, by_setting: Sequence[Sequence[Point]], tolerance: float, fits: Sequence[Sequence[Fitted]] = ()
 ) -> Row:
-    """The best setting: the fewest bits within the tolerance, else the least damage."""
+    """The best setting: of those at most sites the fewest bits within the tolerance, else the least damage."""
     candidates = [Row(name, tuple(points)) for points in by_setting]
 
-    def order(index: int) -> tuple[bool, float]:
+    def order(index: int) -> tuple[int, bool, float]:
         row = candidates[index]
         damage = row.median(lambda p: p.propagating)
         within = damage <= tolerance
-        return not within, row.median(lambda p: p.bits) if within else damage
+        # A site that is left as it is does no damage, which is no merit.
+        skipped = len(fits[index][0].skipped) if fits else 0
+        return skipped, not within, row.median(lambda p: p.bits) if within else damage
 
     best = min(range(len(candidates)), key=order)
     skipped = fits[best][0].skipped if fits else {}
     notes = "; ".join(f"{path or 'the model'} left as it is: {why}" for path, why in skipped.items())
     agreement = _agreement(fits[best]) if fits and len(fits[best]) > 1 else None
-    return Row(name, candidates[best].points, notes, not order(best)[0], agreement)
-
-
-@torch.no_grad()
-def _point(trial: protocols.Trial, fitted: Fitted, seed: int, tolerance: float, attack: int, meter: Meter) -> Point:
-    """All figures of one fit."""
-    found = protocols.codes(trial, fitted)
-    damage = protocols.propagating(trial, fitted)
-    n = trial.divergence(trial.output, trial.output).numel()
-    used = frequencies(fitted, found)
-    rng = torch.Generator(device=tensors(trial.batch)[0].device).manual_seed(seed)
-    return Point(
-        method=fitted.name,
-        setting=fitted.setting,
-        seed=seed,
-        ledger=priced(fitted, found, tolerance, damage, n),
-        matched=protocols.matched(trial, fitted) / trial.nothing,
-        propagating=damage / trial.nothing,
-        adversarial=protocols.adversarial(trial, fitted, attack, rng, restarts=_RESTARTS) / trial.nothing,
-        active=sum(float(frequency.sum()) for frequency, _ in used),
-        live=sum(int((frequency > 0).sum()) for frequency, _ in used),
-        units=fitted.n,
-        parameters=fitted.parameters,
-        cpu_seconds=meter.cpu_seconds,
-        peak_bytes=meter.peak_bytes,
-    )
+    return Row(name, candidates[best].points, notes, not order(best)[1], agreement)
 
 
 def _agreement(fits: Sequence[Fitted]) -> float:
@@ -231,7 +219,7 @@ def _agreement(fits: Sequence[Fitted]) -> float:
     return sum(scores) / len(scores)
 
 
-def matched_cosine(one: torch.Tensor, other: torch.Tensor) -> float:
+def matched_cosine(one: Tensor, other: Tensor) -> float:
     """Mean absolute cosine of rows matched one to one, unmatched ones counted as zero."""
     unit = [x / x.norm(dim=1, keepdim=True).clamp_min(1e-12) for x in (one, other)]
     cosine = (unit[0] @ unit[1].T).abs().cpu().numpy()

@@ -29,6 +29,11 @@ class Point:
         parameters: Numbers fitted or trained.
         cpu_seconds: Of the fit.
         peak_bytes: Memory of the fit beyond what was there before; None where the system does not tell.
+        loss_recovered: Share of the cross-entropy lost by ablating everything that is recovered with all sites
+            replaced; None without labels.
+        effects_matched: Mean over known mechanisms of how much of what deleting one does is reproduced by taking out
+            one group of units; None where no mechanism is known.
+        splitting: Mean number of units in these groups, over the mechanisms that were found; None where none was.
     """
 
     method: str
@@ -44,6 +49,9 @@ class Point:
     parameters: int
     cpu_seconds: float
     peak_bytes: int | None
+    loss_recovered: float | None = None
+    effects_matched: float | None = None
+    splitting: float | None = None
 
     @property
     def recovered(self) -> float:
@@ -63,7 +71,7 @@ class Row:
     Attributes:
         method: Its name.
         points: One a seed at the best setting; empty if the method does not apply.
-        reason: Why it does not apply, or to which sites it does not.
+        reason: Why it does not apply, or to which sites or at which settings it does not.
         within: Whether the best setting's propagating damage is within the tolerance.
         agreement: Mean matched cosine of the units of two seeds; None with one seed.
     """
@@ -78,9 +86,11 @@ class Row:
         """A figure's median over seeds."""
         return float(statistics.median(figure(point) for point in self.points))
 
-    def spread(self, figure: Callable[[Point], float], form: str) -> str:
-        """A figure's median, with its range where seeds differ."""
-        values = [figure(point) for point in self.points]
+    def spread(self, figure: Callable[[Point], float | None], form: str) -> str:
+        """A figure's median, with its range where seeds differ; a dash where no seed has it."""
+        values = [value for point in self.points if (value := figure(point)) is not None]
+        if not values:
+            return "-"
         middle = f"{statistics.median(values):{form}}"
         low, high = f"{min(values):{form}}", f"{max(values):{form}}"
         return middle if low == high else f"{middle} ({low}-{high})"
@@ -123,6 +133,25 @@ class Comparison:
                 return row
         raise ValueError(f"{method!r} was not compared; methods are {[row.method for row in self.rows]}")
 
+    def splitting(self, method: str) -> list[tuple[int, float]]:
+        """How a method's units split as its capacity grows: units in all, and units per mechanism that was found.
+
+        One pair a setting, in the order of capacity, medians over seeds; settings that found nothing are left out.
+
+        Raises:
+            ValueError: If the method was not compared, or no mechanism is known.
+        """
+        self.row(method)
+        mine = [point for point in self.points if point.method == method]
+        if all(point.effects_matched is None for point in mine):
+            raise ValueError("no mechanism is known, so that units cannot be counted per mechanism; pass truth=")
+        found: dict[str, list[Point]] = {}
+        for point in mine:
+            if point.splitting is not None:
+                found.setdefault(point.setting, []).append(point)
+        rows = [Row(method, tuple(points)) for points in found.values()]
+        return sorted((round(row.median(lambda p: p.units)), row.median(lambda p: p.splitting or 0)) for row in rows)
+
     def __str__(self) -> str:
         """The table."""
         unit = {"mse": "squared output units", "kl": "nats"}.get(self.divergence, "its own units")
@@ -137,6 +166,7 @@ class Comparison:
             "bits: names and values per input; stored: bits of the units' numbers, paid once; total: both and the "
             f"residual, over all inputs; adversarial: worst found, {self.budget}"
         )
+        foot += "".join(f"; {head}: {meaning}" for head, (_, meaning) in _extra(self.rows).items())
         return "\n".join([head, "", _table(_cells(self.rows), texts=(0, 1, 12)), "", foot, *notes])
 
     def to_dict(self) -> dict[str, Any]:
@@ -154,15 +184,33 @@ class Comparison:
         return _figures.comparison(self)
 
 
+_EXTRA: dict[str, tuple[Callable[[Row], str], str]] = {
+    "agree": (
+        lambda row: "-" if row.agreement is None else f"{row.agreement:.2f}",
+        "one-to-one cosine of two seeds' units",
+    ),
+    "CE": (
+        lambda row: row.spread(lambda p: p.loss_recovered, ".3f"),
+        "share of the cross-entropy recovered, all sites replaced",
+    ),
+    "effects": (
+        lambda row: row.spread(lambda p: p.effects_matched, ".3f"),
+        "share of the known mechanisms' effects that groups of units reproduce",
+    ),
+    "split": (lambda row: row.spread(lambda p: p.splitting, ".1f"), "units in such a group"),
+}
+
+
+def _extra(rows: Sequence[Row]) -> dict[str, tuple[Callable[[Row], str], str]]:
+    """Columns that only some comparisons have."""
+    return {head: column for head, column in _EXTRA.items() if any(column[0](row) != "-" for row in rows)}
+
+
 def _cells(rows: Sequence[Row]) -> list[list[str]]:
-    """The table's cells; the column of seed-to-seed agreement only where there is any."""
-    agree = any(row.agreement is not None for row in rows)
+    """The table's cells."""
+    extra = _extra(rows)
     heads = ["method", "setting", "bits", "stored", "total", *PROTOCOLS, "L0", "live", "CPU-s", "MiB", ""]
-    return [[*heads, *["agree"] * agree], *[[*_line(row), *_agreement(row) * agree] for row in rows]]
-
-
-def _agreement(row: Row) -> list[str]:
-    return ["-" if row.agreement is None else f"{row.agreement:.2f}"]
+    return [[*heads, *extra], *[[*_line(row), *[text(row) for text, _ in extra.values()]] for row in rows]]
 
 
 def _line(row: Row) -> list[str]:
@@ -178,8 +226,8 @@ def _line(row: Row) -> list[str]:
         row.spread(lambda p: p.ledger.total, ",.0f"),
         *[row.spread(lambda p, name=name: getattr(p, name), ".3f") for name in PROTOCOLS],
         row.spread(lambda p: p.active, ".1f"),
-        f"{row.median(lambda p: p.live):.0f}/{first.units}",
+        f"{row.median(lambda p: p.live):.0f}/{row.median(lambda p: p.units):.0f}",
         f"{row.median(lambda p: p.cpu_seconds):.1f}",
         f"{max(peaks) / 2**20:.0f}" if peaks else "-",
-        "some sites only" if row.reason else "",
+        "see below" if row.reason else "",
     ]

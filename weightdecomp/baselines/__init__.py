@@ -12,6 +12,7 @@ from weightdecomp.baselines._clusters import NMF, KMeans, Polytopes
 from weightdecomp.baselines._data import Data, Inapplicable
 from weightdecomp.baselines._gradients import AttributionDictionary, EndToEndSAE, LocalInteractionBasis
 from weightdecomp.baselines._l3d import L3D
+from weightdecomp.baselines._matching import Matched, deletions, effect_matching
 from weightdecomp.baselines._mdl import MDLSAE
 from weightdecomp.baselines._method import Method
 from weightdecomp.baselines._rules import L1, BatchTopK, JumpReLU, TopK
@@ -55,6 +56,6 @@ NAMES = tuple(method.name for method in ALL)
 __all__ = [
     "ALL", "APD", "AttributionDictionary", "Bank", "BatchTopK", "CrossLayerTranscoder", "Crosscoder", "Data",
     "EndToEndSAE", "Fitted", "ICA", "Inapplicable", "JumpReLU", "KMeans", "L1", "L3D", "LocalInteractionBasis",
-    "MDLSAE", "Matryoshka", "Method", "NAMES", "NMF", "Neurons", "PCA", "Polytopes", "SAE", "SPD", "SVD", "TopK",
-    "Training", "Transcoder", "protocols", "tuned",
+    "MDLSAE", "Matched", "Matryoshka", "Method", "NAMES", "NMF", "Neurons", "PCA", "Polytopes", "SAE", "SPD", "SVD",
+    "TopK", "Training", "Transcoder", "deletions", "effect_matching", "protocols", "tuned",
 ]  # fmt: skip

@@ -17,6 +17,7 @@ from weightdecomp.baselines._data import Data, OnStep
 from weightdecomp.baselines._slopes import Slopes, slopes
 from weightdecomp.baselines._train import Training, trained
 from weightdecomp.baselines._whole import Factors, largest, n_parts
+from weightdecomp.baselines.protocols import without_sites
 
 _PROBES = 8  # random sums of outputs that attributions are averaged over, where there are more outputs
 
@@ -92,8 +93,8 @@ class _Loss:
         with torch.no_grad():
             self.batch = select(data.batches[0], torch.arange(self.rows, device=tensors(data.batches[0])[0].device))
             target = call(data.model, self.batch)
-            with replaced(data.sites, lambda site, _, o: site.write(0 * site.read(o, self.matrices[site.path]), o)):
-                self.unit = float(data.divergence(call(data.model, self.batch), target).mean())
+            ablated = without_sites(data.model, self.batch, data.sites)
+            self.unit = float(data.divergence(ablated, target).mean())
 
     def __call__(self, index: Tensor, done: float) -> Tensor:
         mask = largest(self.attributions(index), self.method.k)

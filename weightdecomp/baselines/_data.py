@@ -15,6 +15,7 @@ from weightdecomp._forward import Operands, recorded, replaced
 from weightdecomp._sites import Site
 
 OnStep = Callable[[int, dict[str, float]], None]
+_STREAM = 0x5851F42D  # any number that nobody seeds with
 
 
 class Inapplicable(ValueError):
@@ -90,8 +91,11 @@ class Data:
             raise Inapplicable(f"the activations at {path!r} are constant, so that there is nothing to decompose")
 
     def generator(self, seed: int) -> torch.Generator:
-        """A generator of random draws on the data's device."""
-        return torch.Generator(device=self.inputs(self.sites[0].path).device).manual_seed(seed)
+        """A generator of random draws on the data's device.
+
+        Not of the seed itself: a start drawn like a planted dictionary of the same seed and size would be its truth.
+        """
+        return torch.Generator(device=self.inputs(self.sites[0].path).device).manual_seed(_STREAM ^ seed)
 
 
 def output_gradients(

@@ -162,19 +162,18 @@ class BatchTopK:
         return like.new_zeros(1)
 
     def latents(self, pre: Latents, state: Tensor, training: bool) -> Latents:
-        """Those above the batch's own level while training, above the tracked one afterwards."""
+        """The batch's largest while training, those above the tracked threshold afterwards."""
         positive = pre.relu()
-        if training:
-            most = positive.numel() // positive.shape[-1] * self.k
-            if most < positive.numel():
-                level = positive.detach().flatten().kthvalue(positive.numel() - most).values
-                with torch.no_grad():
-                    state.lerp_(level, 0.01) if float(state) else state.fill_(level)
-            else:
-                level = positive.new_zeros(())
-        else:
-            level = state[0]
-        return positive * (positive > level)
+        if not training:
+            return positive * (positive > state[0])
+        # By number, not by level: rows that come twice in a batch would all fail to be above their own.
+        most = positive.numel() // positive.shape[-1] * min(self.k, positive.shape[-1])
+        values, index = positive.flatten().topk(most)
+        kept = values.detach()[values > 0]
+        if len(kept):
+            with torch.no_grad():
+                state.lerp_(kept[-1], 0.01) if float(state) else state.fill_(kept[-1])
+        return torch.zeros_like(positive).flatten().scatter(0, index, values).view_as(positive)
 
     def penalty(self, latents: Latents, pre: Latents, state: Tensor, norms: Tensor) -> Tensor:
         """None."""

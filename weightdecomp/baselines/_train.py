@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from weightdecomp.baselines._data import OnStep
+from weightdecomp.baselines._data import Inapplicable, OnStep
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +59,7 @@ def trained(
         on_step: Called with the step and its loss.
 
     Raises:
-        ValueError: If the loss is not finite.
+        Inapplicable: If the loss is not finite.
     """
     optimiser = torch.optim.Adam(parameters, lr=training.rate)
     size = min(training.batch, rows)
@@ -71,7 +71,7 @@ def trained(
             index = torch.randint(rows, (size,), generator=rng, device=rng.device)
             value = loss(index, done)
             if not bool(value.isfinite()):
-                raise ValueError(f"the loss is {float(value.detach())} at step {step}; use a smaller rate")
+                raise Inapplicable(f"the loss is {float(value.detach())} at step {step}; use a smaller rate")
             # Not backward(), which would leave gradients on the target's own parameters (T1).
             grads = torch.autograd.grad(value, parameters, allow_unused=True)
             for parameter, grad in zip(parameters, grads, strict=True):

@@ -16,6 +16,7 @@ from weightdecomp.baselines._bank import Bank, Fitted
 from weightdecomp.baselines._closed import SHARES, kept_largest, per_site
 from weightdecomp.baselines._data import Data, OnStep
 from weightdecomp.baselines._train import Training, trained
+from weightdecomp.baselines.protocols import without_sites
 
 
 def components(site: Site, v: Float[Tensor, "piece d_in"], u: Float[Tensor, "piece d_out"], numbers: int = 0) -> Bank:
@@ -174,8 +175,8 @@ class _StochasticLoss:
         self.matrices = {site.path: site.matrix() for site in data.sites}
         with torch.no_grad():
             target = call(data.model, self.batch)
-            with replaced(data.sites, lambda site, _, o: site.write(0 * site.read(o, self.matrices[site.path]), o)):
-                self.unit = float(data.divergence(call(data.model, self.batch), target).mean())
+            ablated = without_sites(data.model, self.batch, data.sites)
+            self.unit = float(data.divergence(ablated, target).mean())
 
     def __call__(self, index: Tensor, done: float) -> Tensor:
         part = select(self.batch, index)

@@ -127,14 +127,20 @@ def trial(model: nn.Module, batch: Batch, sites: Sequence[Site], divergence: Div
         ValueError: If ablating every site changes nothing, so that damage has no unit.
     """
     output = call(model, batch)
-    with replaced(sites, lambda site, _, operands: site.write(0 * site.read(operands, site.matrix()), operands)):
-        nothing = float(divergence(call(model, batch), output).double().mean())
+    nothing = float(divergence(without_sites(model, batch, sites), output).double().mean())
     if not 0 < nothing < torch.inf:
         raise ValueError(
             f"ablating every site gives a divergence of {nothing} on the given batches, so that damage has no unit; "
             "pass inputs on which the decomposed weights matter"
         )
     return Trial(model, batch, sites, divergence, output, nothing)
+
+
+@torch.no_grad()
+def without_sites(model: nn.Module, batch: Batch, sites: Sequence[Site]) -> Any:
+    """The output with every site's rows at zero."""
+    with replaced(sites, lambda site, _, operands: site.write(0 * site.read(operands, site.matrix()), operands)):
+        return call(model, batch)
 
 
 def _run(on: Trial, step: Pass) -> Any:
