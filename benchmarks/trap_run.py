@@ -10,14 +10,13 @@ import torch
 from torch import Tensor
 
 from benchmarks.trap_parts import Effects, Trap
-from benchmarks.trap_scores import Matched, effect_matching
 from benchmarks.trap_tasks import Task
 from weightdecomp import Config, baselines, decompose
 from weightdecomp._divergence import named
 from weightdecomp._nulls import Place, random_directions
 from weightdecomp._sites import Site, find_sites
 from weightdecomp._starts import Reach
-from weightdecomp.baselines import Bank, Data, Fitted, Inapplicable, Method, protocols
+from weightdecomp.baselines import Bank, Data, Fitted, Inapplicable, Matched, Method, effect_matching, protocols
 from weightdecomp.baselines._ours import as_fitted
 from weightdecomp.baselines._weights import components
 

@@ -11,11 +11,10 @@ from benchmarks import trap_run, traps
 from benchmarks.trap_bits import ANSWER, bits
 from benchmarks.trap_page import page
 from benchmarks.trap_parts import cyclic_code
-from benchmarks.trap_scores import effect_matching
 from benchmarks.trap_superposition import rotations
 from benchmarks.trap_tasks import TASKS, Task
 from weightdecomp import Config
-from weightdecomp.baselines import PCA, SVD
+from weightdecomp.baselines import PCA, SVD, effect_matching
 
 TINY = trap_run.Effort(1, 5, ("pca",), Config(steps=0, sample=64, rounds=1), True, 128, 64)
 SEEDS = [0, pytest.param(1, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.slow)]
