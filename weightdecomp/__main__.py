@@ -1,4 +1,4 @@
-"""The command line: `python -m weightdecomp demo | decompose | verify | graph`; each verb is one call of the API.
+"""The command line: `python -m weightdecomp demo | decompose | verify | graph | report`; a verb is one call of the API.
 
 `torchrun --nproc-per-node N -m weightdecomp decompose ...` is the same command on N processes.
 
@@ -22,12 +22,14 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from weightdecomp import Config, Decomposition, NumericalWarning, decompose, load
-from weightdecomp._batches import select, size
-from weightdecomp._given import add_model, model_and_batches
-from weightdecomp._loading import loaded_divergence
+from weightdecomp._batches import digest, joined, select, size, tensors
+from weightdecomp._given import add_model, add_vocabulary, model_and_batches
+from weightdecomp._loading import loaded_divergence, loaded_labels
 from weightdecomp._processes import Processes, ProcessLost, job
 from weightdecomp._storage import check_vacant
+from weightdecomp._storage import digest as tensor_digest
 from weightdecomp._verification import Verification
+from weightdecomp._vocabulary import Vocabulary, vocabulary
 
 # What a user's own mistakes raise; anything else is a defect of ours and keeps its traceback.
 _MISTAKES = (ValueError, TypeError, OSError, ImportError)
@@ -35,6 +37,7 @@ _UNMET, _MISTAKE, _LOST, _INTERRUPTED = 1, 2, 3, 130
 _TOLERANCE = inspect.signature(decompose).parameters["tolerance"].default
 _DEMO_DAMAGE = 0.1  # of the demo's circuit graph, with all else ablated in the worst way found
 _ATTACK = 1280  # steps of the longest attack, unless given
+_EDGES = 500  # of a report's circuit graph, unless given
 
 
 def main(words: Sequence[str] | None = None) -> int:
@@ -66,7 +69,7 @@ def main(words: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("python -m weightdecomp", description=_ABOUT, allow_abbrev=False)
-    verbs = parser.add_subparsers(required=True, metavar="demo | decompose | verify | graph")
+    verbs = parser.add_subparsers(required=True, metavar="demo | decompose | verify | graph | report")
     demo = _verb(verbs, "demo", _demo, "decompose a small digit classifier that comes along, and report on it")
     demo.add_argument("--out", type=Path, default=Path("demo"), metavar="DIR", help="default: %(default)s")
     _add_run(demo)
@@ -85,6 +88,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_seed(check)
     check.add_argument("--divergence", metavar="NAME", help="the function, if the run was given one of yours")
     _add_graph(_verb(verbs, "graph", _graph, "the circuit graph of a saved decomposition, as a file or a page"))
+    _add_report(_verb(verbs, "report", _report, "one offline page about a saved decomposition"))
     return parser
 
 
@@ -124,6 +128,25 @@ def _add_graph(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--influence", type=float, metavar="X", help="prune to the nodes with this share of influence")
     parser.add_argument("--edges", type=int, metavar="N", help="prune to this many edges")
     parser.add_argument("--score", action="store_true", help="run the model on the graph alone, under five ablations")
+    parser.add_argument("--divergence", metavar="NAME", help="the function, if the run was given one of yours")
+    add_vocabulary(parser)
+    _add_seed(parser)
+
+
+def _add_report(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("directory", type=Path, metavar="DIR", help="what `decompose --out` wrote")
+    add_model(parser)
+    add_vocabulary(parser)
+    parser.add_argument("--out", type=Path, metavar="DIR", help="folder for report.html and report.md; default: DIR")
+    parser.add_argument("--title", metavar="TEXT", help="heading of the report")
+    parser.add_argument("--side", type=int, metavar="N", help="inputs are pictures of N x N pixels, with --labels")
+    parser.add_argument("--labels", metavar="MODULE:FUNCTION", help="function that returns the class of every input")
+    parser.add_argument("--input", type=int, metavar="N", help="also the circuit graph of this input")
+    parser.add_argument("--edges", type=int, default=_EDGES, metavar="N", help="of a circuit graph (%(default)s)")
+    parser.add_argument(
+        "--compare", action="store_true", help="also a comparison with other methods, fitted on the data"
+    )
+    parser.add_argument("--steps", type=int, default=_ATTACK, metavar="N", help="longest attack (%(default)s)")
     parser.add_argument("--divergence", metavar="NAME", help="the function, if the run was given one of yours")
     _add_seed(parser)
 
@@ -174,7 +197,10 @@ def _graph(given: argparse.Namespace) -> int:
     function = loaded_divergence(given.divergence) if given.divergence else None
     decomposition = load(given.directory, model, function if callable(function) else None)
     chosen = batches if given.input is None else [_one_input(batches, given.input)]
-    graph = graphs.circuit_graph(decomposition, chosen, effects=given.effects, outputs=given.outputs)
+    names = _vocabulary(given, model, batches)
+    graph = graphs.circuit_graph(
+        decomposition, chosen, effects=given.effects, outputs=given.outputs, input_titles=names, output_titles=names
+    )
     if given.influence is not None or given.edges is not None:
         graph = graphs.prune(graph, influence=given.influence, edges=given.edges)
     if given.score:
@@ -186,6 +212,95 @@ def _graph(given: argparse.Namespace) -> int:
     written = "\n".join(f"written      {path}" for path in given.out)
     _say(given, {**document, **scores}, f"{graphs.show(graph)!r}\n{written}")
     return 0
+
+
+def _report(given: argparse.Namespace) -> int:
+    from weightdecomp import _figures, _page, _report, compare
+    from weightdecomp._curve import curve
+
+    _figures.check_plotting()
+    model, inputs = model_and_batches(given)
+    function = loaded_divergence(given.divergence) if given.divergence else None
+    decomposition = load(given.directory, model, function if callable(function) else None)
+    batches = decomposition.read(inputs)
+    images, names = _images(given, batches), _vocabulary(given, model, batches)
+    report = _report.Report(
+        given.title or f"{type(model).__name__}, decomposed",
+        decomposition,
+        _verified(given, decomposition, batches, given.steps),
+        batches,
+        images=images,
+        vocabulary=names,
+        curve=curve(decomposition, batches, seed=given.seed),
+        recipe=_recipe(given, decomposition, batches),
+    )
+    report = report._replace(graphs=_report_graphs(given, report))
+    if given.compare:
+        found = compare(decomposition, batches, _rivals(), tune=False, progress=not given.no_progress)
+        report = report._replace(comparison=found)
+    out = given.directory if given.out is None else given.out
+    out.mkdir(parents=True, exist_ok=True)
+    page = _page.write(report, out)
+    document = {"report": str(page), "verification": report.verification.to_dict()}
+    _say(given, document, f"{_report.text(report)}\nwritten      {page}")
+    return 0 if report.verification.converged else _UNMET
+
+
+def _vocabulary(given: argparse.Namespace, model: torch.nn.Module, batches: Sequence[Any]) -> Vocabulary | None:
+    """Labels of tokens, where inputs are tokens."""
+    if all(x.is_floating_point() for x in tensors(batches[0])):
+        if given.vocabulary is not None:
+            raise ValueError("--vocabulary: the inputs are no token ids, which are integers")
+        return None
+    return vocabulary(model, given.vocabulary)
+
+
+def _images(given: argparse.Namespace, batches: Sequence[Any]) -> Any:
+    """The inputs as pictures with their classes, where `--side` and `--labels` say that they are."""
+    from weightdecomp._figures import Images
+
+    if given.side is None and given.labels is None:
+        return None
+    if given.side is None or given.labels is None:
+        raise ValueError("--side and --labels go together: the pictures, and the class of each")
+    pixels, labels = joined(batches), loaded_labels(given.labels)
+    if len(pixels) != 1 or not isinstance(pixels[0], torch.Tensor) or pixels[0].shape[1:] != (given.side**2,):
+        raise ValueError(f"--side: expected inputs of shape (input, {given.side**2}), one row a picture")
+    if len(labels) != len(pixels[0]):
+        raise ValueError(f"--labels: there are {len(labels)} classes for {len(pixels[0])} inputs")
+    return Images(pixels[0], labels, given.side)
+
+
+def _report_graphs(given: argparse.Namespace, report: Any) -> dict[str, str]:
+    """Pages of the circuit graph of the inputs, and of one input where it is asked for."""
+    import graphs
+
+    chosen = {"Circuit graph": list(report.batches)}
+    if given.input is not None:
+        chosen[f"Circuit graph of input {given.input}"] = [_one_input(report.batches, given.input)]
+    titles = {"input_titles": report.vocabulary, "output_titles": report.output_names}
+    found = {}
+    for name, batches in chosen.items():
+        graph = graphs.circuit_graph(report.decomposition, batches, **titles)
+        found[name] = graphs.show(graphs.prune(graph, edges=given.edges)).page
+    return found
+
+
+def _recipe(given: argparse.Namespace, decomposition: Decomposition, batches: Sequence[Any]) -> dict[str, str]:
+    """How a report was made."""
+    flags = {name: value for name, value in vars(given).items() if name != "verb" and value not in (None, False)}
+    config = ", ".join(f"{name} {value}" for name, value in decomposition.config.to_dict().items())
+    return {
+        "model": type(decomposition.target).__name__,
+        "weights": f"sha256 {tensor_digest(decomposition.target.state_dict())}",
+        "sites": ", ".join(site.path or "(model)" for site in decomposition.sites),
+        "divergence": f"{decomposition.divergence.name} ({decomposition.divergence.reason})",
+        "tolerance": f"{decomposition.tolerance:g}",
+        "run": config,
+        "inputs of this report": f"{sum(map(size, batches)):,}, sha256 {digest(batches)}",
+        "report": ", ".join(f"{name} {value}" for name, value in flags.items()),
+        "torch": torch.__version__,
+    }
 
 
 def _one_input(batches: Sequence[Any], number: int) -> Any:
@@ -201,6 +316,7 @@ def _one_input(batches: Sequence[Any], number: int) -> Any:
 def _demo(given: argparse.Namespace) -> int:
     """Decompose the classifier on its training images, and attack the result on its test images."""
     from weightdecomp import _figures, _page, _report, compare, digits
+    from weightdecomp._curve import curve
 
     _figures.check_plotting()
     # Matrices this small gain nothing from a second thread, and wait for it where other work competes.
@@ -219,9 +335,6 @@ def _demo(given: argparse.Namespace) -> int:
     decomposition.save(saved)
     test = digits.batches("test")
     verification = _verified(given, decomposition, test, _ATTACK)
-    images = _figures.Images(torch.cat(test), digits.labels("test"), side=8)
-    report = _report.Report("A classifier of handwritten digits, decomposed", decomposition, verification, images)
-    page = _page.write(report, given.out)
     circuit = _demo_circuit(given, decomposition, test)
     comparison = compare(
         decomposition,
@@ -233,6 +346,18 @@ def _demo(given: argparse.Namespace) -> int:
     )
     plot = given.out / "comparison.svg"
     comparison.figure().savefig(plot)
+    report = _report.Report(
+        "A classifier of handwritten digits, decomposed",
+        decomposition,
+        verification,
+        test,
+        images=_figures.Images(torch.cat(test), digits.labels("test"), side=8),
+        curve=curve(decomposition, test, seed=given.seed),
+        graphs={"Circuit graph": circuit.read_text(encoding="utf-8")},
+        comparison=comparison,
+        recipe=_recipe(given, decomposition, test),
+    )
+    page = _page.write(report, given.out)
     document = {"report": str(page), "circuit": str(circuit), **_document(decomposition)}
     document |= {"verification": verification.to_dict(), "comparison": comparison.to_dict()}
     places = {"Report with pictures": page, "Circuit graph": circuit, "Plot of the comparison": plot}

@@ -36,6 +36,11 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tokenizer", type=Path, metavar="DIR", help="for --text; default: the --hf directory's own")
 
 
+def add_vocabulary(parser: argparse.ArgumentParser) -> None:
+    """The flag that names tokens for readers."""
+    parser.add_argument("--vocabulary", type=Path, metavar="PATH", help=_VOCABULARY)
+
+
 def model_and_batches(given: argparse.Namespace) -> tuple[nn.Module, Iterable[Batch]]:
     """What `add_model`'s flags name.
 
@@ -97,3 +102,4 @@ _MODEL = "function or class that makes the model, called without arguments, as i
 _WEIGHTS = "of --model: safetensors, or a state_dict of torch.save; default: the factory's own"
 _DATA = "function that returns batches of sample inputs, called without arguments"
 _SPLIT = "fused matrices as separate sites: those of known layout, or by numbers of rows, (q:8,k:8,v:8)*4 for 4 heads"
+_VOCABULARY = "labels of tokens: directory of a tokenizer, or JSON of texts by id; default: the --hf directory's own"
