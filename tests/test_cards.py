@@ -1,5 +1,7 @@
 """Cards of components: what drives each arm, and what taking the component out does there."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch.testing import assert_close
@@ -11,7 +13,11 @@ from weightdecomp._cards import cards, top
 
 @pytest.fixture(scope="module")
 def decomposition() -> wd.Decomposition:
-    return decomposed_exactly(relu_net(), relu_batches()[0], closed=0.3)
+    """With arms that open at different sizes."""
+    found = decomposed_exactly(relu_net(), relu_batches()[0], closed=0.3)
+    for path, parts in found.parts.items():
+        found.parts[path] = replace(parts, thresholds=parts.thresholds * torch.tensor([[1.0], [2.0]]))
+    return found
 
 
 def test_every_arm_lists_the_inputs_that_drive_it_most(decomposition: wd.Decomposition):
