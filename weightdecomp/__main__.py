@@ -22,14 +22,18 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from weightdecomp import Config, Decomposition, NumericalWarning, decompose, load
-from weightdecomp._batches import digest, joined, select, size, tensors
-from weightdecomp._given import add_model, add_vocabulary, model_and_batches
-from weightdecomp._loading import loaded_divergence, loaded_labels
+from weightdecomp._given import (
+    add_model,
+    add_vocabulary,
+    given_images,
+    given_vocabulary,
+    model_and_batches,
+    one_input,
+)
+from weightdecomp._loading import loaded_divergence
 from weightdecomp._processes import Processes, ProcessLost, job
 from weightdecomp._storage import check_vacant
-from weightdecomp._storage import digest as tensor_digest
 from weightdecomp._verification import Verification
-from weightdecomp._vocabulary import Vocabulary, vocabulary
 
 # What a user's own mistakes raise; anything else is a defect of ours and keeps its traceback.
 _MISTAKES = (ValueError, TypeError, OSError, ImportError)
@@ -196,8 +200,8 @@ def _graph(given: argparse.Namespace) -> int:
     batches = list(inputs)
     function = loaded_divergence(given.divergence) if given.divergence else None
     decomposition = load(given.directory, model, function if callable(function) else None)
-    chosen = batches if given.input is None else [_one_input(batches, given.input)]
-    names = _vocabulary(given, model, batches)
+    chosen = batches if given.input is None else [one_input(batches, given.input)]
+    names = given_vocabulary(given, model, batches)
     graph = graphs.circuit_graph(
         decomposition, chosen, effects=given.effects, outputs=given.outputs, input_titles=names, output_titles=names
     )
@@ -223,7 +227,7 @@ def _report(given: argparse.Namespace) -> int:
     function = loaded_divergence(given.divergence) if given.divergence else None
     decomposition = load(given.directory, model, function if callable(function) else None)
     batches = decomposition.read(inputs)
-    images, names = _images(given, batches), _vocabulary(given, model, batches)
+    images, names = given_images(given, batches), given_vocabulary(given, model, batches)
     report = _report.Report(
         given.title or f"{type(model).__name__}, decomposed",
         decomposition,
@@ -232,7 +236,7 @@ def _report(given: argparse.Namespace) -> int:
         images=images,
         vocabulary=names,
         curve=curve(decomposition, batches, seed=given.seed),
-        recipe=_recipe(given, decomposition, batches),
+        recipe=_report.recipe(decomposition, batches, vars(given)),
     )
     report = report._replace(graphs=_report_graphs(given, report))
     if given.compare:
@@ -246,71 +250,19 @@ def _report(given: argparse.Namespace) -> int:
     return 0 if report.verification.converged else _UNMET
 
 
-def _vocabulary(given: argparse.Namespace, model: torch.nn.Module, batches: Sequence[Any]) -> Vocabulary | None:
-    """Labels of tokens, where inputs are tokens."""
-    if all(x.is_floating_point() for x in tensors(batches[0])):
-        if given.vocabulary is not None:
-            raise ValueError("--vocabulary: the inputs are no token ids, which are integers")
-        return None
-    return vocabulary(model, given.vocabulary)
-
-
-def _images(given: argparse.Namespace, batches: Sequence[Any]) -> Any:
-    """The inputs as pictures with their classes, where `--side` and `--labels` say that they are."""
-    from weightdecomp._figures import Images
-
-    if given.side is None and given.labels is None:
-        return None
-    if given.side is None or given.labels is None:
-        raise ValueError("--side and --labels go together: the pictures, and the class of each")
-    pixels, labels = joined(batches), loaded_labels(given.labels)
-    if len(pixels) != 1 or not isinstance(pixels[0], torch.Tensor) or pixels[0].shape[1:] != (given.side**2,):
-        raise ValueError(f"--side: expected inputs of shape (input, {given.side**2}), one row a picture")
-    if len(labels) != len(pixels[0]):
-        raise ValueError(f"--labels: there are {len(labels)} classes for {len(pixels[0])} inputs")
-    return Images(pixels[0], labels, given.side)
-
-
 def _report_graphs(given: argparse.Namespace, report: Any) -> dict[str, str]:
     """Pages of the circuit graph of the inputs, and of one input where it is asked for."""
     import graphs
 
     chosen = {"Circuit graph": list(report.batches)}
     if given.input is not None:
-        chosen[f"Circuit graph of input {given.input}"] = [_one_input(report.batches, given.input)]
+        chosen[f"Circuit graph of input {given.input}"] = [one_input(report.batches, given.input)]
     titles = {"input_titles": report.vocabulary, "output_titles": report.output_names}
     found = {}
     for name, batches in chosen.items():
         graph = graphs.circuit_graph(report.decomposition, batches, **titles)
         found[name] = graphs.show(graphs.prune(graph, edges=given.edges)).page
     return found
-
-
-def _recipe(given: argparse.Namespace, decomposition: Decomposition, batches: Sequence[Any]) -> dict[str, str]:
-    """How a report was made."""
-    flags = {name: value for name, value in vars(given).items() if name != "verb" and value not in (None, False)}
-    config = ", ".join(f"{name} {value}" for name, value in decomposition.config.to_dict().items())
-    return {
-        "model": type(decomposition.target).__name__,
-        "weights": f"sha256 {tensor_digest(decomposition.target.state_dict())}",
-        "sites": ", ".join(site.path or "(model)" for site in decomposition.sites),
-        "divergence": f"{decomposition.divergence.name} ({decomposition.divergence.reason})",
-        "tolerance": f"{decomposition.tolerance:g}",
-        "run": config,
-        "inputs of this report": f"{sum(map(size, batches)):,}, sha256 {digest(batches)}",
-        "report": ", ".join(f"{name} {value}" for name, value in flags.items()),
-        "torch": torch.__version__,
-    }
-
-
-def _one_input(batches: Sequence[Any], number: int) -> Any:
-    """One input, numbered over all batches."""
-    n = 0
-    for batch in batches:
-        if 0 <= number - n < size(batch):
-            return select(batch, torch.tensor([number - n]))
-        n += size(batch)
-    raise ValueError(f"--input: there is no input {number}; the data has {n}, numbered 0 to {n - 1}")
 
 
 def _demo(given: argparse.Namespace) -> int:
@@ -355,7 +307,7 @@ def _demo(given: argparse.Namespace) -> int:
         curve=curve(decomposition, test, seed=given.seed),
         graphs={"Circuit graph": circuit.read_text(encoding="utf-8")},
         comparison=comparison,
-        recipe=_recipe(given, decomposition, test),
+        recipe=_report.recipe(decomposition, test, vars(given)),
     )
     page = _page.write(report, given.out)
     document = {"report": str(page), "circuit": str(circuit), **_document(decomposition)}

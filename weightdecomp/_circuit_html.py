@@ -74,6 +74,6 @@ def _members(circuit: Circuit, link: Link) -> str:
 
 
 _CIRCUITS = (
-    "Numbers: per cent of these images on which any member is active; first all images, then by digit. "
+    "Numbers: per cent of these images on which any member is active; first all images, then by class. "
     "Members are named as site: component numbers."
 )

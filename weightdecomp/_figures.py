@@ -144,6 +144,12 @@ def _nothing() -> Any:
     return NullLocator()
 
 
+def _one_two_five() -> Any:
+    from matplotlib.ticker import LogLocator
+
+    return LogLocator(subs=(1, 2, 5))
+
+
 def sizes(decomposition: Decomposition, verification: Verification) -> Any:
     """Per site: rank of the matrix, components, live ones, and those active on a mean row."""
     sites = verification.sites
@@ -196,7 +202,7 @@ def directions(decomposition: Decomposition, images: Images) -> Any:
     n = min(_COMPONENTS, decomposition.parts[first].pieces.n)
     figure = _canvas(9.6, 1.3 * n + 0.4)
     grid = figure.add_gridspec(n, 4, width_ratios=[1, _ACROSS / _DOWN, _ACROSS / _DOWN, 2.6])
-    heads = ("reads", "opened most by, +", "opened most by, −", "open on, by digit")
+    heads = ("reads", "opened most by, +", "opened most by, −", "open on, by class")
     for row in range(n):
         reading = _reading(decomposition, decomposition.component(first, row), images)
         axes = [figure.add_subplot(grid[row, column]) for column in range(4)]
@@ -278,6 +284,9 @@ def comparison(found: Any) -> Any:
     for axes, protocol in zip(panels, PROTOCOLS, strict=True):
         axes.axhline(found.tolerance, color=_RED, lw=1.2, ls=":")
         axes.set(xscale="log", yscale="log", title=protocol, xlabel="bits per input (names and values)")
+        axes.xaxis.set_major_locator(_one_two_five())
+        axes.xaxis.set_minor_locator(_nothing())
+        axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
         axes.grid(color="#e4e4e4")
     panels[0].set_ylabel("damage (log scale)")
     figure.legend(loc="outside right center", frameon=False, fontsize=8)

@@ -167,7 +167,7 @@ _SIZES = "Components per weight matrix. A dense matrix has as many active as its
 _DIRECTIONS = (
     "The most frequent components of the first layer. Left: the pixels that one reads. It opens where ink on "
     "red pixels outweighs ink on blue ones by more than a threshold (+), or the other way round (−). Middle: "
-    "the images that do so most. Right: the share of every digit's images on which it is open, + "
+    "the images that do so most. Right: the share of every class's images on which it is open, + "
     "upwards, − downwards."
 )
 _RESOURCES = ("report.css", "report.js")

@@ -2,16 +2,17 @@
 
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
-from weightdecomp._batches import Batch
+from weightdecomp._batches import Batch, digest, size
 from weightdecomp._comparison import Comparison
 from weightdecomp._curve import Point
 from weightdecomp._decomposition import Decomposition
 from weightdecomp._figures import Images
 from weightdecomp._pretrained import Pretrained
+from weightdecomp._storage import digest as tensor_digest
 from weightdecomp._verification import Verification
 from weightdecomp._vocabulary import Vocabulary
 
@@ -125,3 +126,20 @@ def markdown(report: Report) -> str:
     blocks.append(("Recipe", "\n".join(f"{name}: {told}" for name, told in report.recipe.items())))
     tables = [f"\n## {head}\n\n```text\n{block}\n```" for head, block in blocks]
     return "\n".join([f"# {title}\n", *warned, *said, *tables, "\nPictures: `report.html`.\n"])
+
+
+def recipe(decomposition: Decomposition, batches: Sequence[Batch], words: Mapping[str, Any]) -> dict[str, str]:
+    """How a report was made; `words` are the command's flags by name."""
+    flags = {name: value for name, value in words.items() if name != "verb" and value not in (None, False)}
+    config = ", ".join(f"{name} {value}" for name, value in decomposition.config.to_dict().items())
+    return {
+        "model": type(decomposition.target).__name__,
+        "weights": f"sha256 {tensor_digest(decomposition.target.state_dict())}",
+        "sites": ", ".join(site.path or "(model)" for site in decomposition.sites),
+        "divergence": f"{decomposition.divergence.name} ({decomposition.divergence.reason})",
+        "tolerance": f"{decomposition.tolerance:g}",
+        "run": config,
+        "inputs of this report": f"{sum(map(size, batches)):,}, sha256 {digest(batches)}",
+        "report": ", ".join(f"{name} {value}" for name, value in flags.items()),
+        "torch": torch.__version__,
+    }
