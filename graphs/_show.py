@@ -29,6 +29,11 @@ class View:
         """Hold a sanitised graph."""
         self.graph, self.height = graph, height
 
+    @property
+    def page(self) -> str:
+        """The page that `graphs.write` puts into an `.html` file, as text."""
+        return page(self.graph)
+
     def __repr__(self) -> str:
         """Nodes, edges, scores and the strongest nodes, in a few lines."""
         return summary(self.graph)
@@ -37,7 +42,7 @@ class View:
         """The page in a frame of its own, the picture where scripts do not run, and text."""
         frame = (
             f'<iframe sandbox="allow-scripts" width="100%" height="{self.height}" style="border:0" '
-            f'title="{escape(title(self.graph))}" srcdoc="{escape(page(self.graph), quote=True)}"></iframe>'
+            f'title="{escape(title(self.graph))}" srcdoc="{escape(self.page, quote=True)}"></iframe>'
         )
         found = {"text/plain": repr(self), "text/html": frame, "image/svg+xml": svg(self.graph)}
         return {kind: one for kind, one in found.items() if (not include or kind in include) and kind not in exclude}

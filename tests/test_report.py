@@ -7,9 +7,12 @@ import pytest
 import torch
 
 import weightdecomp as wd
-from weightdecomp import _figures, _page, _report, digits
+from weightdecomp import _circuit_html, _figures, _page, _report, digits
+from weightdecomp._curve import curve
 from weightdecomp._figures import Images
 from weightdecomp._report import Report
+
+HOSTILE = '<script>alert("hi")</script> & digits'
 
 
 @pytest.fixture(scope="module")
@@ -21,7 +24,14 @@ def report() -> Report:
     pixels = torch.cat(digits.batches("test"))[:64]
     verification = decomposition.verify([pixels], steps=20, restarts=1)
     images = Images(pixels, digits.labels("test")[:64], side=8)
-    return Report('<script>alert("hi")</script> & digits', decomposition, verification, images)
+    points = curve(decomposition, [pixels], factors=(1.0, 2.0))
+    return Report(HOSTILE, decomposition, verification, [pixels], images=images, curve=points, recipe={"run": HOSTILE})
+
+
+@pytest.fixture(scope="module")
+def images(report: Report) -> Images:
+    assert report.images is not None
+    return report.images
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +48,7 @@ class _Outline(HTMLParser):
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.sources += [value or "" for name, value in attrs if name in ("src", "href")]
-        if tag not in ("meta", "img"):
+        if tag not in ("meta", "img", "input", "br"):
             self.open.append(tag)
 
     def handle_endtag(self, tag: str) -> None:
@@ -46,7 +56,7 @@ class _Outline(HTMLParser):
 
 
 def test_a_hostile_title_is_escaped(page: str):
-    assert "<script" not in page
+    assert "<script>alert" not in page
     assert "&lt;script&gt;alert(&quot;hi&quot;)&lt;/script&gt; &amp; digits" in page
 
 
@@ -62,10 +72,32 @@ def test_the_page_loads_nothing_from_elsewhere(page: str):
     outline = _Outline()
     outline.feed(page)
 
-    pictures = [re.fullmatch(r"data:image/png;base64,(.+)", source) for source in outline.sources]
+    pictures = [
+        re.fullmatch(r"data:image/png;base64,(.+)", source) for source in outline.sources if not source.startswith("#")
+    ]
 
-    assert len(pictures) == 3
+    assert len(pictures) > 4
     assert all(one and base64.b64decode(one[1]).startswith(b"\x89PNG") for one in pictures)
+
+
+def test_links_lead_to_cards_and_the_whole_page_is_small(page: str):
+    outline = _Outline()
+    outline.feed(page)
+    places = set(re.findall(r'id="([^"]+)"', page))
+
+    links = [source[1:] for source in outline.sources if source.startswith("#")]
+
+    assert any(link.startswith("c") for link in links)
+    assert set(links) <= places
+    assert len(page) < 2_000_000
+
+
+def test_fewer_active_components_do_more_damage(report: Report):
+    whole, half = report.curve
+
+    assert half.active < whole.active
+    assert half.adversarial.damage > whole.adversarial.damage
+    assert whole.gates.damage == pytest.approx(report.verification.gates.damage, rel=1e-4)
 
 
 def test_a_failed_verification_stands_above_everything_else(report: Report):
@@ -111,7 +143,7 @@ def test_the_active_components_are_named_with_the_verifications_own_number(repor
 
     said = " ".join(_report.findings(report))
 
-    assert f"{active:.1f} components are active on a mean image, of 64" in said
+    assert f"{active:.1f} components are active on a mean row (an input, or a position of one) of the 64" in said
 
 
 def test_the_markdown_title_stays_one_line(report: Report):
@@ -128,10 +160,10 @@ def test_activity_by_class_is_a_share_of_that_class():
     assert share.tolist() == [0.5, 0.0, 1.0]
 
 
-def test_a_circuit_is_active_where_any_member_is(report: Report):
-    active = _figures.active_circuits(report.decomposition, report.images)
+def test_a_circuit_is_active_where_any_member_is(report: Report, images: Images):
+    active = _figures.active_circuits(report.decomposition, images)
 
-    importances = report.decomposition.importances(report.images.pixels)
+    importances = report.decomposition.importances(images.pixels)
     circuit = max(report.decomposition.circuits, key=lambda one: len(one.members))
     expected = sum(importances[path][:, index] for path, index in circuit.members)
     assert torch.equal(active[report.decomposition.circuits.index(circuit)], torch.as_tensor(expected) > 0)
@@ -142,20 +174,20 @@ def test_activity_that_follows_the_class_tells_most_about_it():
     images = Images(torch.zeros(40, 1), labels, side=1)
 
     follows, constant = (
-        _page._told_about_class(labels == 3, images),
-        _page._told_about_class(labels < 99, images),
+        _circuit_html._told_about_class(labels == 3, images),
+        _circuit_html._told_about_class(labels < 99, images),
     )
 
     assert constant == pytest.approx(0, abs=1e-12)
     assert follows == pytest.approx(0.1 * torch.log(torch.tensor(10.0)).item() + 0.9 * 0.105360516, abs=1e-6)
 
 
-def test_what_a_component_reads_is_free_of_its_gauge(report: Report):
+def test_what_a_component_reads_is_free_of_its_gauge(report: Report, images: Images):
     component = report.decomposition.component("layers.0", 0)
     scaled = replace(component, left=-3 * component.left, right=component.right / -3)
 
-    one = _figures._reading(report.decomposition, component, report.images)
-    other = _figures._reading(report.decomposition, scaled, report.images)
+    one = _figures._reading(report.decomposition, component, images)
+    other = _figures._reading(report.decomposition, scaled, images)
 
     torch.testing.assert_close(one.direction.abs(), other.direction.abs())
 

@@ -39,7 +39,7 @@ directory, result, limits = Path(sys.argv[1]), sys.argv[2], sys.argv[3].split(",
 
 
 def killing(limit):
-    commit, written = _storage._commit, iter(range(1000))
+    commit, written = _storage.commit, iter(range(1000))
     def replacement(files):
         now = next(written) == limit // 2
         if now and limit % 2 == 0:
@@ -52,7 +52,7 @@ def killing(limit):
 
 def run(limit):
     if limit >= 0:
-        _storage._commit = killing(limit)
+        _storage.commit = killing(limit)
     config = wd.Config(steps=12, rounds=3, sample=256, batch=64)
     found = wd.decompose(mlp(), [sparse(256, 5)], checkpoint=directory, progress=False, config=config)
     tensors = {

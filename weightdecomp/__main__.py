@@ -1,4 +1,4 @@
-"""The command line: `python -m weightdecomp demo | decompose | verify | graph`; each verb is one call of the API.
+"""The command line: `python -m weightdecomp demo | decompose | verify | graph | report`; a verb is one call of the API.
 
 `torchrun --nproc-per-node N -m weightdecomp decompose ...` is the same command on N processes.
 
@@ -22,8 +22,14 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from weightdecomp import Config, Decomposition, NumericalWarning, decompose, load
-from weightdecomp._batches import select, size
-from weightdecomp._given import add_model, model_and_batches
+from weightdecomp._given import (
+    add_model,
+    add_vocabulary,
+    given_images,
+    given_vocabulary,
+    model_and_batches,
+    one_input,
+)
 from weightdecomp._loading import loaded_divergence
 from weightdecomp._processes import Processes, ProcessLost, job
 from weightdecomp._storage import check_vacant
@@ -35,6 +41,7 @@ _UNMET, _MISTAKE, _LOST, _INTERRUPTED = 1, 2, 3, 130
 _TOLERANCE = inspect.signature(decompose).parameters["tolerance"].default
 _DEMO_DAMAGE = 0.1  # of the demo's circuit graph, with all else ablated in the worst way found
 _ATTACK = 1280  # steps of the longest attack, unless given
+_EDGES = 500  # of a report's circuit graph, unless given
 
 
 def main(words: Sequence[str] | None = None) -> int:
@@ -66,7 +73,7 @@ def main(words: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("python -m weightdecomp", description=_ABOUT, allow_abbrev=False)
-    verbs = parser.add_subparsers(required=True, metavar="demo | decompose | verify | graph")
+    verbs = parser.add_subparsers(required=True, metavar="demo | decompose | verify | graph | report")
     demo = _verb(verbs, "demo", _demo, "decompose a small digit classifier that comes along, and report on it")
     demo.add_argument("--out", type=Path, default=Path("demo"), metavar="DIR", help="default: %(default)s")
     _add_run(demo)
@@ -85,6 +92,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_seed(check)
     check.add_argument("--divergence", metavar="NAME", help="the function, if the run was given one of yours")
     _add_graph(_verb(verbs, "graph", _graph, "the circuit graph of a saved decomposition, as a file or a page"))
+    _add_report(_verb(verbs, "report", _report, "one offline page about a saved decomposition"))
     return parser
 
 
@@ -124,6 +132,25 @@ def _add_graph(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--influence", type=float, metavar="X", help="prune to the nodes with this share of influence")
     parser.add_argument("--edges", type=int, metavar="N", help="prune to this many edges")
     parser.add_argument("--score", action="store_true", help="run the model on the graph alone, under five ablations")
+    parser.add_argument("--divergence", metavar="NAME", help="the function, if the run was given one of yours")
+    add_vocabulary(parser)
+    _add_seed(parser)
+
+
+def _add_report(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("directory", type=Path, metavar="DIR", help="what `decompose --out` wrote")
+    add_model(parser)
+    add_vocabulary(parser)
+    parser.add_argument("--out", type=Path, metavar="DIR", help="folder for report.html and report.md; default: DIR")
+    parser.add_argument("--title", metavar="TEXT", help="heading of the report")
+    parser.add_argument("--side", type=int, metavar="N", help="inputs are pictures of N x N pixels, with --labels")
+    parser.add_argument("--labels", metavar="MODULE:FUNCTION", help="function that returns the class of every input")
+    parser.add_argument("--input", type=int, metavar="N", help="also the circuit graph of this input")
+    parser.add_argument("--edges", type=int, default=_EDGES, metavar="N", help="of a circuit graph (%(default)s)")
+    parser.add_argument(
+        "--compare", action="store_true", help="also a comparison with other methods, fitted on the data"
+    )
+    parser.add_argument("--steps", type=int, default=_ATTACK, metavar="N", help="longest attack (%(default)s)")
     parser.add_argument("--divergence", metavar="NAME", help="the function, if the run was given one of yours")
     _add_seed(parser)
 
@@ -173,8 +200,11 @@ def _graph(given: argparse.Namespace) -> int:
     batches = list(inputs)
     function = loaded_divergence(given.divergence) if given.divergence else None
     decomposition = load(given.directory, model, function if callable(function) else None)
-    chosen = batches if given.input is None else [_one_input(batches, given.input)]
-    graph = graphs.circuit_graph(decomposition, chosen, effects=given.effects, outputs=given.outputs)
+    chosen = batches if given.input is None else [one_input(batches, given.input)]
+    names = given_vocabulary(given, model, batches)
+    graph = graphs.circuit_graph(
+        decomposition, chosen, effects=given.effects, outputs=given.outputs, input_titles=names, output_titles=names
+    )
     if given.influence is not None or given.edges is not None:
         graph = graphs.prune(graph, influence=given.influence, edges=given.edges)
     if given.score:
@@ -188,19 +218,57 @@ def _graph(given: argparse.Namespace) -> int:
     return 0
 
 
-def _one_input(batches: Sequence[Any], number: int) -> Any:
-    """One input, numbered over all batches."""
-    n = 0
-    for batch in batches:
-        if 0 <= number - n < size(batch):
-            return select(batch, torch.tensor([number - n]))
-        n += size(batch)
-    raise ValueError(f"--input: there is no input {number}; the data has {n}, numbered 0 to {n - 1}")
+def _report(given: argparse.Namespace) -> int:
+    from weightdecomp import _figures, _page, _report, compare
+    from weightdecomp._curve import curve
+
+    _figures.check_plotting()
+    model, inputs = model_and_batches(given)
+    function = loaded_divergence(given.divergence) if given.divergence else None
+    decomposition = load(given.directory, model, function if callable(function) else None)
+    batches = decomposition.read(inputs)
+    images, names = given_images(given, batches), given_vocabulary(given, model, batches)
+    report = _report.Report(
+        given.title or f"{type(model).__name__}, decomposed",
+        decomposition,
+        _verified(given, decomposition, batches, given.steps),
+        batches,
+        images=images,
+        vocabulary=names,
+        curve=curve(decomposition, batches, seed=given.seed),
+        recipe=_report.recipe(decomposition, batches, vars(given)),
+    )
+    report = report._replace(graphs=_report_graphs(given, report))
+    if given.compare:
+        found = compare(decomposition, batches, _rivals(), tune=False, progress=not given.no_progress)
+        report = report._replace(comparison=found)
+    out = given.directory if given.out is None else given.out
+    out.mkdir(parents=True, exist_ok=True)
+    page = _page.write(report, out)
+    document = {"report": str(page), "verification": report.verification.to_dict()}
+    _say(given, document, f"{_report.text(report)}\nwritten      {page}")
+    return 0 if report.verification.converged else _UNMET
+
+
+def _report_graphs(given: argparse.Namespace, report: Any) -> dict[str, str]:
+    """Pages of the circuit graph of the inputs, and of one input where it is asked for."""
+    import graphs
+
+    chosen = {"Circuit graph": list(report.batches)}
+    if given.input is not None:
+        chosen[f"Circuit graph of input {given.input}"] = [one_input(report.batches, given.input)]
+    titles = {"input_titles": report.vocabulary, "output_titles": report.output_names}
+    found = {}
+    for name, batches in chosen.items():
+        graph = graphs.circuit_graph(report.decomposition, batches, **titles)
+        found[name] = graphs.show(graphs.prune(graph, edges=given.edges)).page
+    return found
 
 
 def _demo(given: argparse.Namespace) -> int:
     """Decompose the classifier on its training images, and attack the result on its test images."""
     from weightdecomp import _figures, _page, _report, compare, digits
+    from weightdecomp._curve import curve
 
     _figures.check_plotting()
     # Matrices this small gain nothing from a second thread, and wait for it where other work competes.
@@ -219,9 +287,6 @@ def _demo(given: argparse.Namespace) -> int:
     decomposition.save(saved)
     test = digits.batches("test")
     verification = _verified(given, decomposition, test, _ATTACK)
-    images = _figures.Images(torch.cat(test), digits.labels("test"), side=8)
-    report = _report.Report("A classifier of handwritten digits, decomposed", decomposition, verification, images)
-    page = _page.write(report, given.out)
     circuit = _demo_circuit(given, decomposition, test)
     comparison = compare(
         decomposition,
@@ -233,6 +298,18 @@ def _demo(given: argparse.Namespace) -> int:
     )
     plot = given.out / "comparison.svg"
     comparison.figure().savefig(plot)
+    report = _report.Report(
+        "A classifier of handwritten digits, decomposed",
+        decomposition,
+        verification,
+        test,
+        images=_figures.Images(torch.cat(test), digits.labels("test"), side=8),
+        curve=curve(decomposition, test, seed=given.seed),
+        graphs={"Circuit graph": circuit.read_text(encoding="utf-8")},
+        comparison=comparison,
+        recipe=_report.recipe(decomposition, test, vars(given)),
+    )
+    page = _page.write(report, given.out)
     document = {"report": str(page), "circuit": str(circuit), **_document(decomposition)}
     document |= {"verification": verification.to_dict(), "comparison": comparison.to_dict()}
     places = {"Report with pictures": page, "Circuit graph": circuit, "Plot of the comparison": plot}

@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from weightdecomp._curve import Point
 from weightdecomp._decomposition import Component, Decomposition
 from weightdecomp._fit import REVIEW
 from weightdecomp._regimes import ON, Figure, Ladder
@@ -78,8 +79,8 @@ def ladder(decomposition: Decomposition, verification: Verification) -> Any:
     axes = figure.add_subplot()
     own, damage = verification.shared, decomposition.outcome.damage
     _draw_ladder(axes, own, "this decomposition", "o-", _BLUE)
-    _draw_ladder(axes, verification.per_input, "the same, attacked\nimage by image", "o--", "white")
-    label = f"on the images of the run ({damage:.3g})"
+    _draw_ladder(axes, verification.per_input, "the same, attacked\ninput by input", "o--", "white")
+    label = f"on the inputs of the run ({damage:.3g})"
     axes.plot([REVIEW[0]], [damage], "x", color=_BLUE, ms=8, mew=2, ls="none", label=label)
     nulls = [(one.name, one.adversarial) for one in verification.nulls if one.adversarial]
     nulls.sort(key=lambda pair: -pair[1].damage)
@@ -103,6 +104,35 @@ def _draw_ladder(axes: Any, found: Ladder, name: str, line: str, face: str) -> N
     axes.plot(found.steps, found.damages, line, color=_BLUE, mfc=face, label=label)
 
 
+def curve(points: Sequence[Point], verification: Verification) -> Any:
+    """Damage against the mean number active, all thresholds scaled together; nulls at their own number active."""
+    figure = _canvas(8.4, 4.2)
+    axes = figure.add_subplot()
+    active = [point.active for point in points]
+    kinds = (
+        ("worst found", "adversarial", "o-"),
+        ("random ablations", "stochastic", "s--"),
+        ("only active", "gates", "^:"),
+    )
+    for name, kind, line in kinds:
+        axes.plot(active, [getattr(point, kind).damage for point in points], line, color=_BLUE, label=name)
+    for point in points:
+        place = (point.active, point.adversarial.damage)
+        axes.annotate(f"x {point.factor:g}", place, (0, 6), textcoords="offset points", ha="center", fontsize=8)
+    nulls = [one for one in verification.nulls if one.adversarial]
+    for marker, one in zip(_MARKERS, nulls, strict=False):
+        damage = one.adversarial.damage if one.adversarial else 0.0
+        axes.plot([one.active], [damage], marker, color=_ORANGE, ls="none", label=f"null: {one.name}, attacked")
+    axes.axhline(verification.tolerance, color=_RED, lw=1.5, ls=":", label=f"tolerance ({verification.tolerance:g})")
+    axes.set(xscale="log", yscale="log", xlabel="active components, mean row (log scale)", ylabel="damage (log scale)")
+    axes.set_xticks(active, [f"{one:.3g}" for one in active])
+    axes.xaxis.set_minor_locator(_nothing())
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axes.grid(color="#e4e4e4")
+    figure.legend(loc="outside right center", frameon=False)
+    return figure
+
+
 def _steps(found: Figure) -> int:
     """The steps in an attack's budget, which begins with them."""
     return int(found.budget.split()[0].replace(",", ""))
@@ -114,8 +144,14 @@ def _nothing() -> Any:
     return NullLocator()
 
 
+def _one_two_five() -> Any:
+    from matplotlib.ticker import LogLocator
+
+    return LogLocator(subs=(1, 2, 5))
+
+
 def sizes(decomposition: Decomposition, verification: Verification) -> Any:
-    """Per site: rank of the matrix, components, live ones, and those active on a mean image."""
+    """Per site: rank of the matrix, components, live ones, and those active on a mean row."""
     sites = verification.sites
     figure = _canvas(8.4, 0.6 + 0.95 * len(sites))
     axes = figure.add_subplot()
@@ -123,8 +159,8 @@ def sizes(decomposition: Decomposition, verification: Verification) -> Any:
     kinds = [
         ("rank of the matrix", ranks, "#d9d9d9"),
         ("components", [site.components for site in sites], "#9ecae1"),
-        ("live on some image", [site.live for site in sites], "#4292c6"),
-        ("active on a mean image", [site.active for site in sites], "#08306b"),
+        ("live on some input", [site.live for site in sites], "#4292c6"),
+        ("active on a mean row", [site.active for site in sites], "#08306b"),
     ]
     for i, (name, numbers, colour) in enumerate(kinds):
         bars = axes.barh([j + 0.2 * i for j in range(len(sites))], numbers, 0.18, color=colour, label=name)
@@ -166,7 +202,7 @@ def directions(decomposition: Decomposition, images: Images) -> Any:
     n = min(_COMPONENTS, decomposition.parts[first].pieces.n)
     figure = _canvas(9.6, 1.3 * n + 0.4)
     grid = figure.add_gridspec(n, 4, width_ratios=[1, _ACROSS / _DOWN, _ACROSS / _DOWN, 2.6])
-    heads = ("reads", "opened most by, +", "opened most by, −", "open on, by digit")
+    heads = ("reads", "opened most by, +", "opened most by, −", "open on, by class")
     for row in range(n):
         reading = _reading(decomposition, decomposition.component(first, row), images)
         axes = [figure.add_subplot(grid[row, column]) for column in range(4)]
@@ -248,6 +284,9 @@ def comparison(found: Any) -> Any:
     for axes, protocol in zip(panels, PROTOCOLS, strict=True):
         axes.axhline(found.tolerance, color=_RED, lw=1.2, ls=":")
         axes.set(xscale="log", yscale="log", title=protocol, xlabel="bits per input (names and values)")
+        axes.xaxis.set_major_locator(_one_two_five())
+        axes.xaxis.set_minor_locator(_nothing())
+        axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
         axes.grid(color="#e4e4e4")
     panels[0].set_ylabel("damage (log scale)")
     figure.legend(loc="outside right center", frameon=False, fontsize=8)

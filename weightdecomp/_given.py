@@ -1,18 +1,21 @@
-"""The model and the inputs that a command line names, by whichever flags it names them."""
+"""The model, the inputs and their labels that a command line names, by whichever flags it names them."""
 
 import argparse
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+import torch
 from torch import nn
 
-from weightdecomp._batches import Batch
+from weightdecomp._batches import Batch, joined, select, size, tensors
+from weightdecomp._figures import Images
 from weightdecomp._fold import fold_norms
-from weightdecomp._loading import loaded_batches, loaded_model
+from weightdecomp._loading import loaded_batches, loaded_labels, loaded_model
 from weightdecomp._pretrained import load_hf
 from weightdecomp._split import Rows, split
 from weightdecomp._tokens import sampled_batches, text_batches, token_batches
+from weightdecomp._vocabulary import Vocabulary, vocabulary
 
 _LENGTH = 128  # tokens an input, unless given
 
@@ -36,6 +39,11 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tokenizer", type=Path, metavar="DIR", help="for --text; default: the --hf directory's own")
 
 
+def add_vocabulary(parser: argparse.ArgumentParser) -> None:
+    """The flag that names tokens for readers."""
+    parser.add_argument("--vocabulary", type=Path, metavar="PATH", help=_VOCABULARY)
+
+
 def model_and_batches(given: argparse.Namespace) -> tuple[nn.Module, Iterable[Batch]]:
     """What `add_model`'s flags name.
 
@@ -51,6 +59,51 @@ def model_and_batches(given: argparse.Namespace) -> tuple[nn.Module, Iterable[Ba
         batches = list(batches)
         model = fold_norms(model, batches[0])
     return model, batches
+
+
+def given_vocabulary(given: argparse.Namespace, model: nn.Module, batches: Sequence[Batch]) -> Vocabulary | None:
+    """Labels of tokens, where inputs are tokens.
+
+    Raises:
+        ValueError: If `--vocabulary` cannot be read, or inputs are no token ids.
+    """
+    if all(x.is_floating_point() for x in tensors(batches[0])):
+        if given.vocabulary is not None:
+            raise ValueError("--vocabulary: the inputs are no token ids, which are integers")
+        return None
+    return vocabulary(model, given.vocabulary)
+
+
+def given_images(given: argparse.Namespace, batches: Sequence[Batch]) -> Images | None:
+    """The inputs as pictures with their classes, where `--side` and `--labels` say that they are.
+
+    Raises:
+        ValueError: If there is one flag without the other, or they do not fit the inputs.
+    """
+    if given.side is None and given.labels is None:
+        return None
+    if given.side is None or given.labels is None:
+        raise ValueError("--side and --labels go together: the pictures, and the class of each")
+    pixels, labels = joined(batches), loaded_labels(given.labels)
+    if len(pixels) != 1 or not isinstance(pixels[0], torch.Tensor) or pixels[0].shape[1:] != (given.side**2,):
+        raise ValueError(f"--side: expected inputs of shape (input, {given.side**2}), one row a picture")
+    if len(labels) != len(pixels[0]):
+        raise ValueError(f"--labels: there are {len(labels)} classes for {len(pixels[0])} inputs")
+    return Images(pixels[0], labels, given.side)
+
+
+def one_input(batches: Sequence[Batch], number: int) -> Batch:
+    """One input, numbered over all batches.
+
+    Raises:
+        ValueError: If there is none of that number.
+    """
+    n = 0
+    for batch in batches:
+        if 0 <= number - n < size(batch):
+            return select(batch, torch.tensor([number - n]))
+        n += size(batch)
+    raise ValueError(f"--input: there is no input {number}; the data has {n}, numbered 0 to {n - 1}")
 
 
 def _batches(given: argparse.Namespace, model: nn.Module) -> Iterable[Batch]:
@@ -97,3 +150,4 @@ _MODEL = "function or class that makes the model, called without arguments, as i
 _WEIGHTS = "of --model: safetensors, or a state_dict of torch.save; default: the factory's own"
 _DATA = "function that returns batches of sample inputs, called without arguments"
 _SPLIT = "fused matrices as separate sites: those of known layout, or by numbers of rows, (q:8,k:8,v:8)*4 for 4 heads"
+_VOCABULARY = "labels of tokens: directory of a tokenizer, or JSON of texts by id; default: the --hf directory's own"

@@ -52,6 +52,22 @@ def loaded_batches(name: str) -> Iterable[Batch]:
     return batches
 
 
+def loaded_labels(name: str) -> Tensor:
+    """The classes that a function returns, one an input.
+
+    Args:
+        name: `package.module:function`; it is called without arguments.
+
+    Raises:
+        ValueError: If the name leads nowhere or the function fails.
+        TypeError: If it returns no one-dimensional tensor of integers.
+    """
+    labels = _called(name, "--labels", "a function that returns the classes of the inputs")
+    if not isinstance(labels, Tensor) or labels.ndim != 1 or labels.is_floating_point():
+        raise TypeError(f"--labels: {name!r} returned {_kind(labels)}, expected a tensor of one integer an input")
+    return labels
+
+
 def loaded_divergence(name: str) -> str | Callable[[Any, Any], Tensor]:
     """The name of a built-in divergence as it is, or the user's own `package.module:function`.
 

@@ -1,12 +1,20 @@
-"""The report on a decomposed image classifier: what it finds, as text and as Markdown."""
+"""The report on a decomposition: what it finds, as text and as Markdown."""
 
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import torch
 
+from weightdecomp._batches import Batch, digest, size
+from weightdecomp._comparison import Comparison
+from weightdecomp._curve import Point
 from weightdecomp._decomposition import Decomposition
 from weightdecomp._figures import Images
+from weightdecomp._pretrained import Pretrained
+from weightdecomp._storage import digest as tensor_digest
 from weightdecomp._verification import Verification
+from weightdecomp._vocabulary import Vocabulary
 
 
 class Report(NamedTuple):
@@ -14,15 +22,33 @@ class Report(NamedTuple):
 
     Attributes:
         title: Its heading.
-        decomposition: Of an image classifier that returns one number per class.
-        verification: Of that decomposition, on the images.
-        images: Images that the run has not seen.
+        decomposition: What it is about.
+        verification: Of that decomposition, on the batches.
+        batches: Inputs, best ones that the run has not seen.
+        images: The same inputs as pictures with their classes, of a model that returns one number per class.
+        vocabulary: Labels of tokens, where inputs are tokens.
+        curve: Damage at fewer and more active components.
+        graphs: Pages of circuit graphs, by heading.
+        comparison: With other methods.
+        recipe: How everything was made, by what it tells.
     """
 
     title: str
     decomposition: Decomposition
     verification: Verification
-    images: Images
+    batches: Sequence[Batch]
+    images: Images | None = None
+    vocabulary: Vocabulary | None = None
+    curve: Sequence[Point] = ()
+    graphs: Mapping[str, str] = MappingProxyType({})
+    comparison: Comparison | None = None
+    recipe: Mapping[str, str] = MappingProxyType({})
+
+    @property
+    def output_names(self) -> Vocabulary | None:
+        """Labels of outputs, where they are tokens too."""
+        encoder = isinstance(self.decomposition.target, Pretrained) and not self.decomposition.target.causal
+        return None if encoder else self.vocabulary
 
 
 def problems(report: Report) -> list[str]:
@@ -32,8 +58,8 @@ def problems(report: Report) -> list[str]:
     if not outcome.converged:
         found.append(f"The run did not converge: {outcome.reason}.")
     if not verification.converged:
-        own = f" On the run's own images: {outcome.reason}." if outcome.converged else ""
-        found.append(f"Outside the tolerance on images that the run has not seen: {verification.reason}.{own}")
+        own = f" On the run's own inputs: {outcome.reason}." if outcome.converged else ""
+        found.append(f"Outside the tolerance on the inputs of this report: {verification.reason}.{own}")
     if not outcome.compresses:
         found.append(f"The run's verdict: {outcome.verdict}.")
     return found
@@ -44,17 +70,17 @@ def findings(report: Report) -> list[str]:
     decomposition, verification = report.decomposition, report.verification
     sites = verification.sites
     n, active = sum(site.components for site in sites), sum(site.active for site in sites)
-    right, kept = _accuracy(report)
+    accuracy = "" if report.images is None else f" {_accuracy(report.decomposition, report.images)}"
     live = sum(1 for frequency in decomposition.group_frequencies if frequency > 0)
     budget, n_inputs = verification.shared.budget, verification.n_inputs
     said = [
         f"{len(sites)} weight matrices are cut into {n} components, grouped into {live} live circuits; "
         "components and remainder sum to the weights exactly.",
-        f"{active:.1f} components are active on a mean image, of {n_inputs:,} that the run has not seen. The "
-        f"model classifies {right:.1%} of these right, the active components alone {kept:.1%}.",
-        f"The worst ablation of inactive components that was found ({budget}), one for all images, does "
+        f"{active:.1f} components are active on a mean row (an input, or a position of one) of the {n_inputs:,} inputs "
+        f"of this report.{accuracy}",
+        f"The worst ablation of inactive components that was found ({budget}), one for all inputs, does "
         f"{verification.damage:.1%} of the damage of ablating everything; tolerance "
-        f"{decomposition.tolerance:.1%}. Another ablation for every image does "
+        f"{decomposition.tolerance:.1%}. Another ablation for every input does "
         f"{verification.per_input.plateau:.1%}.",
     ]
     nulls = [(one.name, one.adversarial) for one in verification.nulls if one.adversarial]
@@ -71,13 +97,13 @@ def findings(report: Report) -> list[str]:
 
 
 @torch.no_grad()
-def _accuracy(report: Report) -> tuple[float, float]:
-    """Share of images classified right by the target, and by the active components alone."""
-    decomposition, (pixels, labels, _) = report.decomposition, report.images
+def _accuracy(decomposition: Decomposition, images: Images) -> str:
+    """How many images the target classifies right, and the active components alone."""
+    pixels, labels, _ = images
     whole = decomposition.target(pixels)
     alone = decomposition.ablate(pixels, keep=decomposition.importances(pixels))
-    right = [(output.argmax(-1) == labels).double().mean() for output in (whole, alone)]
-    return float(right[0]), float(right[1])
+    right, kept = (float((output.argmax(-1) == labels).double().mean()) for output in (whole, alone))
+    return f"The model classifies {right:.1%} of these right, the active components alone {kept:.1%}."
 
 
 def text(report: Report) -> str:
@@ -93,7 +119,27 @@ def markdown(report: Report) -> str:
     said = [f"- {one}" for one in findings(report)]
     blocks = [
         ("The run, on its own inputs", str(report.decomposition)),
-        ("Verification, on other images", str(report.verification)),
+        ("Verification, on the inputs of this report", str(report.verification)),
     ]
+    if report.comparison is not None:
+        blocks.append(("Beside other methods", str(report.comparison)))
+    blocks.append(("Recipe", "\n".join(f"{name}: {told}" for name, told in report.recipe.items())))
     tables = [f"\n## {head}\n\n```text\n{block}\n```" for head, block in blocks]
     return "\n".join([f"# {title}\n", *warned, *said, *tables, "\nPictures: `report.html`.\n"])
+
+
+def recipe(decomposition: Decomposition, batches: Sequence[Batch], words: Mapping[str, Any]) -> dict[str, str]:
+    """How a report was made; `words` are the command's flags by name."""
+    flags = {name: value for name, value in words.items() if name != "verb" and value not in (None, False)}
+    config = ", ".join(f"{name} {value}" for name, value in decomposition.config.to_dict().items())
+    return {
+        "model": type(decomposition.target).__name__,
+        "weights": f"sha256 {tensor_digest(decomposition.target.state_dict())}",
+        "sites": ", ".join(site.path or "(model)" for site in decomposition.sites),
+        "divergence": f"{decomposition.divergence.name} ({decomposition.divergence.reason})",
+        "tolerance": f"{decomposition.tolerance:g}",
+        "run": config,
+        "inputs of this report": f"{sum(map(size, batches)):,}, sha256 {digest(batches)}",
+        "report": ", ".join(f"{name} {value}" for name, value in flags.items()),
+        "torch": torch.__version__,
+    }

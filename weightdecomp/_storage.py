@@ -58,7 +58,7 @@ def write(directory: Path, kind: str, tensors: Mapping[str, Tensor], document: M
     text = json.dumps(content | {"sha256": _checksum(content)}, indent=1).encode()
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        _commit({_tensor_file(directory, kind, sha256): data, _manifest(directory, kind): text})
+        commit({_tensor_file(directory, kind, sha256): data, _manifest(directory, kind): text})
     except OSError as error:
         if error.errno not in _DISK_IS_FULL:
             raise
@@ -160,7 +160,7 @@ def _checksum(content: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
-def _commit(files: Mapping[Path, bytes]) -> None:
+def commit(files: Mapping[Path, bytes]) -> None:
     """Write every file beside its place, then move each there; the move of the last one is the commit."""
     for path, data in files.items():
         with _temporary(path).open("wb") as stream:

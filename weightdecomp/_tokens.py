@@ -35,7 +35,7 @@ def tokenizer(directory: str | Path) -> Any:
     folder = Path(directory)
     if not folder.is_dir():
         raise ValueError(f"there is no directory '{folder}'; give a local one, as nothing is downloaded")
-    if not any((folder / name).exists() for name in _TOKENIZERS):
+    if not has_tokenizer(folder):
         raise ValueError(
             f"'{folder}' has no tokenizer, which is one of {', '.join(_TOKENIZERS)}; give the directory of one as "
             "--tokenizer (tokenizer_from=), or token ids"
@@ -48,6 +48,11 @@ def tokenizer(directory: str | Path) -> Any:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(f"the tokenizer in '{folder}' cannot be read: {error}") from error
+
+
+def has_tokenizer(directory: str | Path) -> bool:
+    """Whether a directory holds a tokenizer's files."""
+    return any((Path(directory) / name).exists() for name in _TOKENIZERS)
 
 
 def text_batches(
