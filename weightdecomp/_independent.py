@@ -4,19 +4,19 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-_STEPS = 100
-_SETTLED = 1e-6  # change of |cosine| below which the directions have settled
+_STEPS = 200
+_SETTLED = 1e-14  # change of |cosine| below which the directions have settled
 _ROWS = 20  # inputs a dimension that are needed to tell independent directions from chance
 _GAIN = 0.01  # of a coordinate's length, from which turning a pair is worth it
 _SPARSE = 0.1  # size, in standard deviations, from which a coordinate counts by its length rather than its square
 
 
 def independent(rows: Float[Tensor, "row d"]) -> Float[Tensor, "d d"] | None:
-    """Directions whose sums the rows are, with coordinates that are independent and sparse; None for too few rows.
+    """Directions whose sums the rows are, with sparse and independent coordinates; None where none can be told.
 
     Where several mechanisms are always on at once, no input shows one alone, and inputs do not lie on lines; but they
     still are sums along a few directions each. Those are the ones whose whitened coordinates have the least length
-    in sum.
+    in sum. There are none where they never settle, and none can be told from few rows.
 
     Args:
         rows: Inputs of a site, in a basis that they span.
@@ -45,9 +45,9 @@ def independent(rows: Float[Tensor, "row d"]) -> Float[Tensor, "d d"] | None:
             # Two directions halfway between two true ones are a saddle, where steps are small as well.
             turned = _pairs_turned(white @ turn.T)
             if turned is None:
-                break
+                return torch.nn.functional.normalize(((turn * root) @ basis.T).to(rows.dtype))
             turn = turned @ turn
-    return torch.nn.functional.normalize(((turn * root) @ basis.T).to(rows.dtype))
+    return None
 
 
 def _length(along: Tensor) -> Tensor:
