@@ -27,6 +27,12 @@ settings.register_profile(
 settings.load_profile("suite")
 
 
+@pytest.fixture(autouse=True)
+def _same_weights() -> None:
+    """Modules that a test makes without a seed of its own have the same weights in every run."""
+    torch.default_generator.manual_seed(0)
+
+
 @pytest.fixture
 def rng() -> torch.Generator:
     """A generator with the same seed in every test."""
