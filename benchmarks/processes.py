@@ -99,7 +99,7 @@ def stored_bytes(values: Any) -> int:
 def worked(smoke: bool, counting: bool, processes: Processes) -> dict[str, Any]:
     """All stages in this process."""
     d, inputs = (16, 16) if smoke else (128, 64)
-    config = Config(sample=inputs * POSITIONS // 2, batch=inputs // 2)
+    config = Config(sample=inputs * POSITIONS // 2)
     with torch.random.fork_rng():
         torch.random.manual_seed(0)
         model = Transformer(d, 2, VOCABULARY).eval()
@@ -108,7 +108,7 @@ def worked(smoke: bool, counting: bool, processes: Processes) -> dict[str, Any]:
     sites, _ = find_sites(model, tokens, ["blocks.0.*"])
     metric = choose("auto", recorded(model, tokens[:1], sites).output, True)
     meter = Meter(counting)
-    batch = tokens[: config.batch]
+    batch = tokens[: inputs // 2]
     with meter.stage("target, forward"), torch.no_grad():
         model(batch)
     with meter.stage("sample, sensitivities"):

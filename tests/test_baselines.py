@@ -34,6 +34,7 @@ from weightdecomp.baselines import (
     protocols,
 )
 from weightdecomp.baselines._rules import _Jump, _Step
+from weightdecomp.baselines._transcoder import spans
 
 _SHORT = Training(steps=20, batch=64)
 
@@ -306,6 +307,32 @@ def test_sites_side_by_side_have_interaction_bases():
     output = protocols.replaced_output(trial(on), LocalInteractionBasis().fit(on))
 
     assert_close(output, trial(on).output, rtol=0, atol=1e-6)
+
+
+def test_a_gated_mlp_is_one_span():
+    """A transcoder reads what the MLP reads and writes what it writes; the gate and the up matrix are inside."""
+    parts = {"gate": nn.Linear(4, 6), "up": nn.Linear(4, 6), "down": nn.Linear(6, 4)}
+    model = seeded(Calls(lambda m, x: m.down(torch.nn.functional.silu(m.gate(x)) * m.up(x)), **parts))
+
+    assert spans(data(model.double(), drawn(20, 4))) == [("gate", "down")]
+
+
+def test_sites_side_by_side_with_nothing_after_them_are_spans_of_their_own():
+    parts = {"a": nn.Linear(4, 3), "b": nn.Linear(4, 3)}
+    model = seeded(Calls(lambda m, x: m.a(x) + m.b(x), **parts))
+
+    assert spans(data(model.double(), drawn(20, 4))) == [("a", "a"), ("b", "b")]
+
+
+def test_codes_of_the_clean_protocol_come_from_the_target():
+    """What a site before makes wrong does not reach the codes of a later one, which then makes the target's rows."""
+    on = data(mlp(widths=(5, 8, 4)), sparse(256, 5))
+    whole = PCA(share=1.0).fit(on)
+    last = whole.written[-1]
+    banks = [bank if last in bank.writes else replace(bank, importance=torch.zeros_like) for bank in whole.banks]
+    broken = replace(whole, banks=banks)
+
+    assert protocols.clean(trial(on), broken) < 1e-9 < 0.01 < protocols.propagating(trial(on), broken)
 
 
 def test_a_span_with_too_few_rows_is_left_as_it_is():

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import graph_methods, graph_sizes, recall, recovery, report, speed
+from benchmarks import graph_methods, graph_sizes, language, recall, recovery, report, speed
 from benchmarks import graphs as graph_benchmark
 from benchmarks.recovery import SMOKE, Job, judged, run, rungs
 from weightdecomp import baselines
@@ -262,3 +262,21 @@ def test_the_recall_model_learns():
 
     # Guessing among the five tokens of the sequence would be .2.
     assert accuracy > 0.35
+
+
+@pytest.mark.filterwarnings("ignore::weightdecomp.NumericalWarning")
+def test_language_models_are_measured_beside_nulls_and_other_methods(tmp_path: Path):
+    """Without a data folder on this project's own documents; a second call finds the decompositions made."""
+    call = ["--smoke", "--only", "characters", "--seeds", "1", "--out", str(tmp_path)]
+
+    assert language.main(call) == 0
+    made = (tmp_path / "cache" / "characters-0.json").stat().st_mtime_ns
+    assert language.main(call) == 0
+
+    found = json.loads((tmp_path / "characters.json").read_text())
+    assert (tmp_path / "cache" / "characters-0.json").stat().st_mtime_ns == made
+    (run,) = found["runs"]
+    assert run["verification"]["unmasked"]["damage"] < 1e-4
+    assert {one["name"] for one in run["verification"]["nulls"]} >= {"SVD", "random directions"}
+    assert [row["method"] for row in found["comparison"]["rows"]] == ["weight decomposition", "svd"]
+    assert "adversarial" in (tmp_path / "characters.md").read_text()

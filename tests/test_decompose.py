@@ -367,3 +367,15 @@ def test_held_out_inputs_on_which_nothing_matters_are_no_obstacle(quick: None):
 def test_the_sites_of_a_decomposition_are_those_of_its_target(decomposed: wd.Decomposition):
     assert [site.module for site in decomposed.sites] == [decomposed.target[0], decomposed.target[2]]
     assert all(isinstance(site, Site) for site in decomposed.sites)
+
+
+def test_few_wires_do_not_outweigh_many_more_bits():
+    """Columns of a wide matrix move the fewest values here, but most of them are active: four rows do for all."""
+    rng = torch.Generator().manual_seed(1)
+    x = torch.randn(2000, 32, generator=rng) * (torch.rand(2000, 32, generator=rng) < 0.4)
+    target = nn.Linear(32, 4, bias=False)
+    target.weight.data = torch.randn(4, 32, generator=rng)
+
+    found = wd.decompose(target, [x], divergence="mse", config=wd.Config(steps=0), progress=False)
+
+    assert found.parts[""].start == "rows"

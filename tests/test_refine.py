@@ -209,6 +209,13 @@ def test_a_round_that_does_not_pay_leaves_the_components_of_the_last_one_that_di
         assert_close(decomposition.ablate(sparse(64, 5), keep), mlp()(sparse(64, 5)), rtol=1e-5, atol=1e-6)
 
 
+def test_a_step_has_as_many_rows_whatever_an_input_is():
+    """1,024 rows are 1,024 inputs or 8 sequences of 128; longer sequences still come in eights."""
+    assert [_rounds._per_step(1024, rows, 1) for rows in (1, 128, 512)] == [1024, 8, 8]
+    assert _rounds._per_step(4, 128, 1) == 4
+    assert _rounds._per_step(1024, 128, 12) == 12
+
+
 @pytest.mark.filterwarnings("ignore::weightdecomp.NumericalWarning")
 def test_steps_without_an_attacked_input_work_at_sites_with_positions(quick: None):
     model, seen = mlp(), list[float]()

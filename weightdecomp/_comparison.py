@@ -8,7 +8,7 @@ from typing import Any
 from weightdecomp._ledger import Ledger
 from weightdecomp._verification import _plain, _table
 
-PROTOCOLS = ("matched", "propagating", "adversarial")
+PROTOCOLS = ("matched", "clean", "propagating", "adversarial")
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,8 @@ class Point:
         seed: Of its fit.
         ledger: Bits of the scored inputs, the residual under the propagating protocol.
         matched: Damage with one site replaced at a time, the mean over sites.
-        propagating: Damage with all sites replaced at once.
+        clean: Damage with all sites replaced at once, their codes read from the target's own run.
+        propagating: The same, their codes read from what the replaced model computes.
         adversarial: Damage under attack: the worst case is at least this.
         active: L0: mean number of active units per row, summed over banks.
         live: Units that are active on some row.
@@ -41,6 +42,7 @@ class Point:
     seed: int
     ledger: Ledger
     matched: float
+    clean: float
     propagating: float
     adversarial: float
     active: float
@@ -167,7 +169,7 @@ class Comparison:
             f"residual, over all inputs; adversarial: worst found, {self.budget}"
         )
         foot += "".join(f"; {head}: {meaning}" for head, (_, meaning) in _extra(self.rows).items())
-        return "\n".join([head, "", _table(_cells(self.rows), texts=(0, 1, 12)), "", foot, *notes])
+        return "\n".join([head, "", _table(_cells(self.rows), texts=(0, 1, 13)), "", foot, *notes])
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON; numbers that are not finite become text."""
@@ -215,7 +217,7 @@ def _cells(rows: Sequence[Row]) -> list[list[str]]:
 
 def _line(row: Row) -> list[str]:
     if not row.points:
-        return [row.method, "-", *["-"] * 10, f"does not apply: {row.reason}"]
+        return [row.method, "-", *["-"] * 11, f"does not apply: {row.reason}"]
     first = row.points[0]
     peaks = [point.peak_bytes for point in row.points if point.peak_bytes is not None]
     return [

@@ -11,7 +11,7 @@ class Config:
 
     Attributes:
         steps: Gradient steps that refine the components after the closed-form starts; 0 keeps the starts.
-        batch: Inputs (or sequences) in a step.
+        batch: Rows (inputs or positions) in a step.
         sample: Rows (inputs or positions) that thresholds are computed on.
         capacity: Most components a site may have, as a multiple of the smaller side of its matrix.
         rate: Step size of Adam, relative to the root mean square of each factor.

@@ -18,6 +18,7 @@ from weightdecomp._sites import Site
 _PROBES = 4  # random output directions
 _POINTS = (5, 15, 45, 135)  # midpoints on the path from everything ablated to the target; more where few miss much
 _MISSED = 0.25  # share of the change along the path that may be missed
+_NONE = 1e-9  # share of the limit that stands in for no damage at all
 _LEAST = 1e-3  # least effect of a typical contribution, relative to a typical effect, so that none is free to close
 
 
@@ -165,13 +166,50 @@ def opened(
     return ((activations > thresholds[0]) | (-activations > thresholds[1])).to(activations.dtype)
 
 
-def highest_price(damage: Callable[[float], float], limit: float, low: float, high: float, rounds: int) -> float:
-    """The highest price at which the damage stays within the limit, by bisection of its logarithm."""
+def highest_price(
+    damage: Callable[[float], float], limit: float, low: float, high: float, rounds: int, near: float | None = None
+) -> float:
+    """The highest price at which the damage stays within the limit, as closely as so many bisections find it.
+
+    Damage often rises about as a power of the price, so that a secant between logarithms saves half of the bisections;
+    where it rises in steps, the search needs one or two more.
+
+    Args:
+        damage: At a price, rising with it.
+        limit: Largest damage to accept.
+        low: Least price, which is the answer where no damage is within the limit.
+        high: Largest price.
+        rounds: Bisections of the logarithm that set the accuracy.
+        near: A first guess.
+
+    Source:
+        Oliveira and Takahashi 2020, "An enhancement of the bisection method average performance" (ITP).
+    """
     low, high = math.log(low), math.log(high)
-    for _ in range(rounds):
-        middle = (low + high) / 2
-        if damage(math.exp(middle)) <= limit:
-            low = middle
+    fine = (high - low) / 2**rounds
+    at = (low + high) / 2 if near is None else math.log(near)
+    below: float | None = None
+    above: float | None = None
+    reach, left = 1.0, 0.0
+    while high - low > fine:
+        at = min(max(at, low + fine / 2), high - fine / 2)
+        excess = math.log(max(damage(math.exp(at)), _NONE * limit) / limit)
+        if excess <= 0:
+            low, below = at, excess
         else:
-            high = middle
+            high, above = at, excess
+        if below is None or above is None:
+            at, reach = at - reach * excess - math.copysign(fine, excess), 2 * reach
+            left = high - low  # twice the half width that the next step may leave
+        else:
+            at, left = _itp(low, high, below, above, left, fine), left / 2
     return math.exp(low)
+
+
+def _itp(low: float, high: float, below: float, above: float, left: float, fine: float) -> float:
+    """The next point between two ends: the secant's, moved towards the middle so that bisection is never far better."""
+    middle, secant = (low + high) / 2, low + (high - low) * below / (below - above)
+    towards = math.copysign(1.0, middle - secant)
+    point = secant + towards * min(0.45 * fine, abs(middle - secant))  # so that two points may enclose the answer
+    most = max(left - (high - low) / 2, 0.0)
+    return point if abs(point - middle) <= most else middle - towards * most

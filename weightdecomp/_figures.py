@@ -267,7 +267,7 @@ def comparison(found: Any) -> Any:
     """Bits per input against damage for every setting of every method, a panel a protocol, both axes logarithmic."""
     from weightdecomp._comparison import PROTOCOLS
 
-    figure = _canvas(11.0, 4.4)
+    figure = _canvas(13.5, 4.4)
     panels = figure.subplots(1, len(PROTOCOLS), sharey=True)
     for number, row in enumerate(found.rows):
         mine = [point for point in found.points if point.method == row.method]

@@ -21,11 +21,11 @@ from weightdecomp._sample import Sample, ablated_entirely, site_rows
 from weightdecomp._sites import Site
 from weightdecomp._starts import Reach
 
-_ROUNDS = 10  # bisections of the price
+_ROUNDS = 10  # bisections that the accuracy of a price is worth
 _SCOUT = (4, 1, 4096)  # steps, restarts and inputs of the attack inside the bisection: many inputs, as damage varies
 REVIEW = (20, 3, 2048)  # and of the attack, on held-out inputs, that a result must withstand
 _FALL = 0.2  # how much the fall of density says beside bits: one by e is worth as much as a fifth fewer bits
-_NEAR = 4.0  # factor around a known price within which the next one is sought
+_DEARER = 4 / 3  # bits that a start may cost over those of singular pairs, which refinement takes further than others
 _SHARE = 0.85  # share of the tolerance aimed at, so that longer attacks on other inputs still meet it
 
 
@@ -69,24 +69,30 @@ class Gated(NamedTuple):
 def chosen_start(
     model: nn.Module, sample: Sample, site: Site, divergence: Divergence, tolerance: float, config: Config
 ) -> Start:
-    """Choose from the portfolio what does the least work per input at the tolerance, this site alone masked."""
+    """Choose from the portfolio what does the least work per input at the tolerance, this site alone masked.
+
+    What costs the ledger clearly more bits than singular pairs is no candidate, however few wires it has.
+    """
     matrix = site.matrix()
     rows, hits = site_rows(model, sample, site, divergence)
     reach = Reach(matrix, rows)
     most = max(2, int(config.capacity * min(matrix.shape)))
     members = portfolio(matrix, reach, rows, hits, most)
-    spent = {name: _spent(model, sample, site, one.pieces, divergence, tolerance) for name, one in members.items()}
+    spent, near = dict[str, _Spent](), None
+    for name, one in members.items():
+        spent[name] = _spent(model, sample, site, one.pieces, divergence, tolerance, near)
+        near = spent[name].price
     size = rows.square().mean(0).sqrt()
-    work = {name: _work(members[name].pieces, size, *one, tolerance) for name, one in spent.items()}
-    best = _best(members, work)
-    bits = min(one for _, one in spent.values())
+    work = {name: _work(members[name].pieces, size, one, tolerance) for name, one in spent.items()}
+    best = _best({name: one for name, one in members.items() if spent[name].bits <= _DEARER * spent["svd"].bits}, work)
+    bits = min(one.bits for one in spent.values())
     origin = {"basis": reach.basis, "power": reach.power, "held": members[best].held}
     return Start(best, members[best].pieces, bits, dict(sorted(work.items(), key=lambda item: item[1])), origin)
 
 
 def _best(members: Mapping[str, Member], work: Mapping[str, float]) -> str:
     """The member that does the least work, or of its family where that is exemplars."""
-    best = min(work, key=lambda name: work[name])
+    best = min(members, key=lambda name: work[name])
     falls = {name: one.fall for name, one in members.items() if one.fall is not None}
     if best in falls:
         # Work hardly tells one exemplar more or less; where the density falls most, the mechanisms end.
@@ -94,14 +100,30 @@ def _best(members: Mapping[str, Member], work: Mapping[str, float]) -> str:
     return best
 
 
-def _spent(
-    model: nn.Module, sample: Sample, site: Site, pieces: Pieces, divergence: Divergence, tolerance: float
-) -> tuple[Float[Tensor, " component"], float]:
-    """Frequencies of one site's pieces at the gates that the tolerance affords under zero-ablation, and their bits.
+class _Spent(NamedTuple):
+    """What one site's pieces cost at the gates that the tolerance affords under zero-ablation.
 
-    Bits are naming and values per input. The dictionary is left out: it is paid once, and every member of the portfolio
-    stores the same weight.
+    Attributes:
+        frequency: Of every component.
+        bits: Naming and values per input. The dictionary is left out: it is paid once, and every member of the
+            portfolio stores the same weight.
+        price: Divergence that one open gate on one input was worth.
     """
+
+    frequency: Float[Tensor, " component"]
+    bits: float
+    price: float
+
+
+def _spent(
+    model: nn.Module,
+    sample: Sample,
+    site: Site,
+    pieces: Pieces,
+    divergence: Divergence,
+    tolerance: float,
+    near: float | None,
+) -> _Spent:
     inner = inner_activations(sample.record, site, pieces)
     sizes = [pieces.activations(h) for h in inner]
     trade = _trade(pieces, inner, sizes, sample.sensitivity[site.path])
@@ -112,22 +134,23 @@ def _spent(
         output = masked(model, sample.batch, [site], {site.path: pieces}, masks)
         return float(divergence(output, sample.record.output).mean())
 
-    best = highest_price(damage, tolerance * sample.nothing, trade.typical * 1e-6, trade.typical * 10, _ROUNDS)
+    typical = trade.typical
+    best = highest_price(damage, tolerance * sample.nothing, typical * 1e-6, typical * 10, _ROUNDS, near)
     thresholds = trade.thresholds(best)
     frequency = _frequency([opened(a, thresholds) for a in sizes])
     bits = price(_n_rows(sizes), tolerance, [frequency], [pieces.ranks()], [site.shape]).per_input
-    return frequency, bits
+    return _Spent(frequency, bits, best)
 
 
-def _work(pieces: Pieces, size: Float[Tensor, " d_in"], frequency: Tensor, bits: float, tolerance: float) -> float:
-    """Bits that active components move per input: `bits`, and a value over every wire in and out.
+def _work(pieces: Pieces, size: Float[Tensor, " d_in"], spent: _Spent, tolerance: float) -> float:
+    """Bits that active components move per input: those of names and values, and a value over every wire in and out.
 
     A component that reads or writes few coordinates does less. Without the wires, components that mix everything cost
     no more than ones that each do one thing.
     """
     held = 1 - tolerance
-    moved = frequency[pieces.owner] * (wires(pieces.v * size, held) + wires(pieces.u, held))
-    return bits + float(moved.sum()) * value_bits(tolerance)
+    moved = spent.frequency[pieces.owner] * (wires(pieces.v * size, held) + wires(pieces.u, held))
+    return spent.bits + float(moved.sum()) * value_bits(tolerance)
 
 
 def _trade(
@@ -221,10 +244,8 @@ class Gatekeeper:
         def damage(price: float) -> float:
             return self._damage(price, self.scouted)
 
-        if near is not None and damage(near / _NEAR) <= limit:
-            return highest_price(damage, limit, near / _NEAR, near * _NEAR, _ROUNDS - 3)
         nothing = self.sample.nothing
-        return highest_price(damage, limit, nothing * 1e-7, nothing * 10, _ROUNDS)
+        return highest_price(damage, limit, nothing * 1e-7, nothing * 10, _ROUNDS, near)
 
     def _opened(self, price: float) -> tuple[dict[str, Tensor], Masks]:
         thresholds = {path: trade.thresholds(price) for path, trade in self.trades.items()}

@@ -75,6 +75,7 @@ class Judge(NamedTuple):
             seed=seed,
             ledger=priced(fitted, found, self.tolerance, damage, n),
             matched=protocols.matched(trial, fitted) / trial.nothing,
+            clean=protocols.clean(trial, fitted) / trial.nothing,
             propagating=damage / trial.nothing,
             adversarial=adversarial / trial.nothing,
             active=sum(float(frequency.sum()) for frequency, _ in used),

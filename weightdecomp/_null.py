@@ -73,7 +73,7 @@ def null_effort(
     for _ in range(_DRAWS):
         twin, twins = redrawn(model, sites, rng)
         try:
-            sample = taken(twin, some, twins, divergence, max(1, config.sample // 2), rng, processes)
+            sample = taken(twin, some, twins, divergence, max(1, config.sample // 4), rng, processes)
         except NoEffect:
             continue
         own = processes.own(twins)

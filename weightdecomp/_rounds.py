@@ -21,6 +21,7 @@ from weightdecomp._sharded import stored
 
 _BETTER = 0.99  # a round must save at least one bit in a hundred to be kept
 _PATIENCE = 2  # rounds in a row that may fail before refinement ends
+_FEWEST = 8  # inputs of many rows in a step: one for each source of the adversary's pool
 
 
 class Refined(NamedTuple):
@@ -64,8 +65,9 @@ def refined(
     saved.forget()
     bar.now("refining", first)
     per_round = max(1, math.ceil(config.steps / config.rounds))
+    inputs = _per_step(config.batch, sample.rows_per_input, ablation.processes.n)
     for step in range(first, config.steps):
-        terms = refiner.step(_drawn(sample.batches, config.batch, rng), thresholds, step, price / sample.nothing)
+        terms = refiner.step(_drawn(sample.batches, inputs, rng), thresholds, step, price / sample.nothing)
         bar.step(step, terms.as_dict())
         if (step + 1) % per_round == 0 or step + 1 == config.steps:
             trial = ablation._replace(pieces=refiner.detached())
@@ -97,6 +99,11 @@ def _cheaper(new: Gated, old: Gated, tolerance: float) -> bool:
     if new.damage > tolerance >= old.damage:
         return False
     return new.ledger.per_input < _BETTER * old.ledger.per_input
+
+
+def _per_step(rows: int, per_input: int, processes: int) -> int:
+    """Inputs in a step of so many rows, at least a few and one for each process."""
+    return max(rows // per_input, min(rows, max(_FEWEST, processes)))
 
 
 def _drawn(batches: list[Batch], n: int, rng: torch.Generator) -> Batch:

@@ -34,6 +34,7 @@ class Sample(NamedTuple):
         record: The target's output on `batch` and what its sites were called with.
         sensitivity: Per site and call, gradients of random output projections at the site's output.
         nothing: Divergence with everything ablated: what a damage of 1 is.
+        rows_per_input: Most rows that one input makes at any site: positions, patches, calls.
     """
 
     batches: list[Batch]
@@ -42,6 +43,7 @@ class Sample(NamedTuple):
     record: Record
     sensitivity: dict[str, list[Float[Tensor, "probe *batch d_out"]]]
     nothing: float
+    rows_per_input: int
 
 
 def without(model: nn.Module, batch: Batch, sites: Sequence[Site]) -> Any:
@@ -113,7 +115,7 @@ def taken(
             f"ablating {paths} changes the output, but the output has no gradient at them; call decompose outside of "
             "torch.inference_mode(), and take torch.no_grad() and rounding (argmax) out of the model's forward"
         )
-    return Sample(whole, batch, held, record, sensitivity, nothing)
+    return Sample(whole, batch, held, record, sensitivity, nothing, per_input)
 
 
 def dealt(sample: Sample, model: nn.Module, sites: Sequence[Site], processes: Processes) -> Sample:
@@ -141,7 +143,8 @@ def dealt(sample: Sample, model: nn.Module, sites: Sequence[Site], processes: Pr
             found[str(i)][:, processes.index :: processes.n].contiguous().to(device) for i in range(len(found))
         ]
     record = recorded(model, batch, sites)
-    return Sample(sample.batches, batch, share(sample.held, processes), record, sensitivity, sample.nothing)
+    held = share(sample.held, processes)
+    return sample._replace(batch=batch, held=held, record=record, sensitivity=sensitivity)
 
 
 def _check_dealable(model: nn.Module, batch: Batch, sites: Sequence[Site]) -> None:

@@ -2,6 +2,8 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
+from itertools import takewhile
 
 import torch
 from jaxtyping import Float, Int
@@ -20,15 +22,23 @@ Span = tuple[str, str]
 def spans(data: Data) -> list[Span]:
     """Pairs of sites, the first one read and the second one written; a site that is left over is a pair of itself.
 
-    Two neighbours in the model's order whose rows correspond make a pair, as the two matrices of an MLP do.
+    Two neighbours in the model's order whose rows correspond make a pair, as the two matrices of an MLP do. Of sites
+    that read the same rows, as the gate and the up matrix of a gated MLP, the first one stands for all.
     """
     paths, found = [site.path for site in data.sites], []
     while paths:
-        first, *rest = paths
-        paired = bool(rest) and data.layout(first) == data.layout(rest[0])
-        found.append((first, rest[0] if paired else first))
-        paths = rest[1:] if paired else rest
+        first = paths[0]
+        alike = list(takewhile(partial(_read_alike, data, first), paths))
+        paths = paths[len(alike) :]
+        if paths and data.layout(first) == data.layout(paths[0]):
+            found.append((first, paths.pop(0)))
+        else:
+            found += [(path, path) for path in alike]
     return found
+
+
+def _read_alike(data: Data, one: str, other: str) -> bool:
+    return data.layout(one) == data.layout(other) and torch.equal(data.inputs(one), data.inputs(other))
 
 
 def _checked(data: Data) -> list[Span]:

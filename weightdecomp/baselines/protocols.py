@@ -1,6 +1,7 @@
 """Protocols: the target run through a method's units, in one way for every method.
 
 - *matched*: one site at a time is replaced, the others stay as in the target; the mean over sites.
+- *clean*: all sites are replaced at once, every code is read from the target's own run.
 - *propagating*: all sites are replaced at once, every code is read from what the replaced model computes.
 - *adversarial*: all sites are replaced; which units are on is fixed by the target's own run, units that are off and
   what the units do not explain are put back by shares in [0, 1] that an attack chooses, shared across inputs.
@@ -204,6 +205,14 @@ def matched(on: Trial, fitted: Fitted) -> float:
     """Mean divergence with one site replaced at a time, the mean over sites."""
     found = [on.divergence(replaced_output(on, fitted, [path]), on.output).double().mean() for path in fitted.written]
     return float(torch.stack(found).mean())
+
+
+@torch.no_grad()
+def clean(on: Trial, fitted: Fitted) -> float:
+    """Mean divergence with all sites replaced at once by what their units make of the target's own inputs."""
+    step = Pass(fitted)
+    step.found = codes(on, fitted)
+    return float(on.divergence(_run(on, step), on.output).double().mean())
 
 
 @torch.no_grad()

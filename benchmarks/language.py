@@ -1,0 +1,235 @@
+"""Language models: all attention and MLP matrices decomposed at once, beside nulls and transcoders.
+
+`python -m benchmarks.language [--data DIR] [--only NAME] [--seeds N] [--smoke]`. Decompositions and their checkpoints
+are kept in `benchmarks/.cache/language`, so that a run that was stopped goes on; `--fresh` begins anew.
+"""
+
+import argparse
+import json
+import shutil
+import sys
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from benchmarks.bilinear_language import text_of, trained_model, windows
+from benchmarks.images import DATA_VARIABLE, data_folder
+from benchmarks.report import RESULTS, peak_bytes, provenance, table, write, write_json
+from weightdecomp import Config, Decomposition, Verification, compare, decompose, load, load_hf
+from weightdecomp._compare import matched_cosine
+
+CACHE = Path(__file__).parent / ".cache" / "language"
+TOLERANCE = 0.02
+
+
+class Effort(NamedTuple):
+    """How much is spent.
+
+    Attributes:
+        config: Of the decomposition.
+        attack: Steps and restarts of the verification's longest attack, and its inputs.
+        training: Steps of the character model.
+        methods: What `compare` scores beside the decomposition.
+        sequences: To decompose on at most.
+        positions: Of a sequence at most.
+    """
+
+    config: Config
+    attack: tuple[int, int, int]
+    training: int
+    methods: tuple[str, ...]
+    sequences: int
+    positions: int
+
+
+FULL = Effort(Config(), (160, 3, 8), 1500, ("neurons", "svd", "transcoder", "skip transcoder"), 256, 256)
+SMOKE = Effort(Config(steps=2, sample=256, batch=64, rounds=1), (2, 1, 2), 5, ("svd",), 16, 16)
+
+
+class Case(NamedTuple):
+    """A language model with token ids.
+
+    Attributes:
+        name: Of the model.
+        what: It in words.
+        model: The target.
+        sites: Patterns of what is decomposed.
+        tokens: Sequences to decompose on.
+        held: Sequences that the run does not see.
+    """
+
+    name: str
+    what: str
+    model: nn.Module
+    sites: tuple[str, ...]
+    tokens: Tensor
+    held: Tensor
+
+
+def stories(data: Path | None, effort: Effort) -> Case | None:
+    """The Llama-architecture model of 260K parameters on what it says itself; None without its files."""
+    folder = None if data is None else data / "stories260k"
+    if folder is None or not folder.exists():
+        return None
+    ids = torch.from_numpy(np.load(folder / "self_sampled_tokens_T1.npy").astype(np.int64))
+    ids = ids[:, : effort.positions]
+    cut = len(ids) * 3 // 4
+    sites = ("model.layers.0.mlp.*",) if effort is SMOKE else ("model.layers.*",)
+    what = "5 layers, width 64, trained on stories; sequences of 256 tokens sampled from itself"
+    return Case("stories260k", what, load_hf(folder), sites, ids[: min(cut, effort.sequences)], ids[cut:])
+
+
+def characters(data: Path | None, effort: Effort) -> Case:
+    """A character model with bilinear MLPs, trained here on a text file, on other parts of the file."""
+    text, name = text_of(data)
+    number = {c: i for i, c in enumerate(sorted(set(text)))}
+    ids = torch.tensor([number[c] for c in text])
+    cut = len(ids) * 9 // 10
+    d = 16 if effort is SMOKE else 64
+    model = trained_model(ids[:cut], len(number), d, 2, effort.training, seed=0)
+    rng = torch.Generator().manual_seed(1)
+    seen = torch.cat([one[:, :-1] for one in windows(ids[:cut], 4, rng)])
+    (held,) = (one[:, :-1] for one in windows(ids[cut:], 1, rng))
+    what = f"2 layers, width {d}, bilinear MLPs, trained {effort.training} steps on {name}; windows of 64 characters"
+    seen, held = (one[: effort.sequences, : effort.positions] for one in (seen, held))
+    return Case("characters", what, model, ("blocks.*",), seen, held)
+
+
+CASES: dict[str, Callable[[Path | None, Effort], Case | None]] = {"stories260k": stories, "characters": characters}
+
+
+def decomposed(case: Case, seed: int, effort: Effort, cache: Path) -> tuple[Decomposition, dict[str, Any]]:
+    """The decomposition of one seed, from the cache where it is there, and its cost (if resumed, the last part's)."""
+    place, cost = cache / f"{case.name}-{seed}", cache / f"{case.name}-{seed}.json"
+    if not cost.exists():
+        start, wall = time.process_time(), time.perf_counter()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # an unmet tolerance is in the record
+            found = decompose(
+                case.model,
+                [case.tokens],
+                sites=case.sites,
+                tolerance=TOLERANCE,
+                seed=seed,
+                config=effort.config,
+                checkpoint=cache / f"{case.name}-{seed}-progress",
+            )
+        found.save(place)
+        spent = {"cpu_seconds": time.process_time() - start, "wall_seconds": time.perf_counter() - wall}
+        write_json(cost, spent | {"peak_bytes": peak_bytes()})
+    return load(place, case.model), json.loads(cost.read_text())
+
+
+def agreement(one: Decomposition, other: Decomposition) -> float:
+    """Mean absolute cosine of two seeds' components (their weights), matched one to one; the mean over sites."""
+    scores = [matched_cosine(_weights(one, path), _weights(other, path)) for path in one.parts]
+    return sum(scores) / len(scores)
+
+
+def _weights(found: Decomposition, path: str) -> Tensor:
+    pieces = found.parts[path].pieces
+    return torch.stack([pieces.weight(i).flatten() for i in range(pieces.n)])
+
+
+def measured(case: Case, seeds: int, effort: Effort, cache: Path) -> tuple[dict[str, Any], str]:
+    """All figures of one model, and the tables; nulls and other methods are scored beside the first seed."""
+    steps, restarts, inputs = effort.attack
+    found, costs = zip(*[decomposed(case, seed, effort, cache) for seed in range(seeds)], strict=True)
+    checked = [
+        one.verify([case.held], steps=steps, restarts=restarts, inputs=inputs, nulls=one is found[0], bound=False)
+        for one in found
+    ]
+    beside = compare(found[0], [case.tokens], effort.methods, evaluate=[case.held[:inputs]])
+    pairs = [agreement(one, other) for i, one in enumerate(found) for other in found[:i]]
+    runs = [
+        {"seed": seed, **costs[seed], "starts": {path: parts.start for path, parts in found[seed].parts.items()}}
+        | {"verification": checked[seed].to_dict()}
+        for seed in range(seeds)
+    ]
+    result = {
+        "name": case.name,
+        "what": case.what,
+        "tolerance": TOLERANCE,
+        "runs": runs,
+        "agreement": sum(pairs) / len(pairs) if pairs else None,
+        "comparison": beside.to_dict(),
+        "provenance": provenance(),
+    }
+    return result, _text(result, checked, str(beside))
+
+
+def _text(result: dict[str, Any], checked: Sequence[Verification], beside: str) -> str:
+    """What a reader wants to know first, then the tables in full."""
+    rows = []
+    for run, one in zip(result["runs"], checked, strict=True):
+        rows.append(
+            [
+                f"seed {run['seed']}",
+                f"{run['cpu_seconds'] / 60:.1f}",
+                f"{run['peak_bytes'] / 2**20:,.0f}",
+                f"{one.ours.active:.1f}",
+                f"{sum(site.live for site in one.sites)}",
+                f"{one.ledger.per_input:,.0f}",
+                f"{one.stochastic.damage:.4f}",
+                f"{one.gates.damage:.4f}",
+                f"{one.damage:.4f}",
+            ]
+        )
+    head = ("run", "CPU min", "peak MiB", "L0", "live", "bits", "stochastic", "gates", "adversarial")
+    nulls = [
+        [one.name, f"{one.active:.1f}", f"{one.adversarial.damage:.4f}"]
+        for one in (checked[0].ours, *checked[0].nulls)
+        if one.adversarial is not None
+    ]
+    agreement = "one seed" if result["agreement"] is None else f"agreement of seeds {result['agreement']:.2f}"
+    parts = (
+        f"## {result['name']}\n\n{result['what']}; tolerance {result['tolerance']:g}, {agreement}.",
+        table(head, rows),
+        table(("at the same number active per site and token", "L0", "adversarial"), nulls),
+        f"```\n{checked[0]}\n```",
+        f"```\n{beside}\n```",
+    )
+    return "\n\n".join(parts) + "\n"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the cases; returns the exit code."""
+    parser = argparse.ArgumentParser("python -m benchmarks.language", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--data", help=f"folder of the data sets; by default what {DATA_VARIABLE} names")
+    parser.add_argument("--only", choices=sorted(CASES), nargs="+", help="these models alone")
+    parser.add_argument("--seeds", type=int, default=2, help="runs of every model (%(default)s)")
+    parser.add_argument("--fresh", action="store_true", help="make all decompositions anew")
+    parser.add_argument("--out", type=Path, default=RESULTS / "language", help="where results go")
+    parser.add_argument("--smoke", action="store_true", help="tiny, in seconds; figures mean nothing, and need --out")
+    given = parser.parse_args(arguments)
+    if given.smoke and given.out == RESULTS / "language":
+        parser.error("--smoke would replace real results; pass --out")
+    if given.seeds < 1:
+        parser.error(f"--seeds must be at least 1, got {given.seeds}")
+    try:
+        data = data_folder(given.data)
+    except ValueError as error:
+        parser.error(str(error))
+    effort, cache = (SMOKE, given.out / "cache") if given.smoke else (FULL, CACHE)
+    if given.fresh:
+        shutil.rmtree(cache, ignore_errors=True)
+    for name in given.only or CASES:
+        case = CASES[name](data, effort)
+        if case is None:
+            print(f"{name}: its files are not there; pass --data or set {DATA_VARIABLE}", flush=True)
+            continue
+        result, text = measured(case, given.seeds, effort, cache)
+        write_json(given.out / f"{name}.json", result)
+        write(given.out / f"{name}.md", text)
+        print(text, flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
