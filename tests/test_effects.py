@@ -1,3 +1,4 @@
+import math
 from typing import Any
 
 import pytest
@@ -200,3 +201,32 @@ def test_a_price_that_is_always_too_high_ends_at_the_lowest():
     assert_close(
         highest_price(lambda p: float(F.relu(torch.tensor(p))) + 1, 0.5, 1e-4, 1e4, 40), 1e-4, rtol=1e-6, atol=0
     )
+
+
+@pytest.mark.parametrize("near", [None, 1e-6, 3e-3, 5.0])
+@pytest.mark.parametrize("power", [0.5, 1.0, 1.3])
+def test_a_price_is_found_with_few_trials_where_damage_is_a_power_of_it(power: float, near: float | None):
+    tried = list[float]()
+
+    def damage(price: float) -> float:
+        tried.append(price)
+        return (price / 7) ** power
+
+    price = highest_price(damage, 0.02, 1e-7, 10.0, 10, near)
+
+    step = 10 ** (8 / 2**10)  # what ten bisections of eight decades leave
+    assert damage(price) <= 0.02 < damage(price * step * 1.001)
+    assert len(tried) <= 8
+
+
+@given(edges=st.lists(st.floats(-6.5, 0.5), min_size=1, max_size=5), near=st.none() | st.floats(-7, 1))
+def test_a_price_is_found_as_by_bisection_where_damage_rises_in_steps(edges: list[float], near: float | None):
+    """Reference: the last price before the step that passes the limit."""
+
+    def damage(price: float) -> float:
+        return sum(0.011 for edge in edges if math.log10(price) > edge)
+
+    price = highest_price(damage, 0.02, 1e-7, 10.0, 10, None if near is None else 10**near)
+
+    passed = sorted(edges)[1] if len(edges) > 1 else 1.0
+    assert passed - 8 / 2**10 * 1.001 <= math.log10(price) <= passed + 1e-9
