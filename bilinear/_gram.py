@@ -154,33 +154,19 @@ def mode_grams(factors: Factors) -> Modes:
     outputs = torch.zeros(len(d), len(d), dtype=d.dtype, device=d.device)
     inputs = torch.zeros(w.shape[1], w.shape[1], dtype=d.dtype, device=d.device)
     for start in range(0, len(w), _ROWS):
-        rows = slice(start, start + _ROWS)
-        # Products with the neurons before this block were taken, mirrored, when it was their turn.
-        rest = slice(start, None)
+        # Pairs with neurons before this block were taken when it was their turn; the transpose adds their other order.
+        rows, rest = slice(start, start + _ROWS), slice(start, None)
         ww, vv, wv, vw = (a[rows] @ b[rest].T for a, b in ((w, w), (v, v), (w, v), (v, w)))
         gram = (ww * vv).addcmul_(wv, vw).mul_(0.5)
         c = d[:, rows].T @ d[:, rest]
-        later = slice(len(gram), None)
-        outputs += d[:, rows] @ (gram[:, : len(gram)] @ d[:, rows].T)
-        inputs += _squared(
-            w[rows], v[rows], w[rows], v[rows], c[:, : len(gram)], [x[:, : len(gram)] for x in (ww, vv, wv, vw)]
-        )
-        if start + _ROWS < len(w):
-            across = d[:, rows] @ (gram[:, later] @ d[:, start + _ROWS :].T)
-            outputs += across + across.T
-            after = slice(start + _ROWS, None)
-            found = _squared(w[rows], v[rows], w[after], v[after], c[:, later], [x[:, later] for x in (ww, vv, wv, vw)])
-            inputs += found + found.T
-    return Modes((outputs + outputs.T) / 2, (inputs + inputs.T) / 2)
-
-
-def _squared(w: Tensor, v: Tensor, w2: Tensor, v2: Tensor, c: Tensor, products: list[Tensor]) -> Tensor:
-    """Sum over neurons a, b of c_ab S_a S_b for their symmetric matrices S."""
-    ww, vv, wv, vw = products
-    # S_a S_b = 1/4 (w v^T + v w^T)(w' v'^T + v' w'^T); grouped by the vector of a on the left.
-    left_w = (c * vw) @ v2 + (c * vv) @ w2
-    left_v = (c * ww) @ v2 + (c * wv) @ w2
-    return (w.T @ left_w + v.T @ left_v) / 4
+        for one in (gram, c):
+            one[:, : len(one)] /= 2  # pairs within the block come in both orders
+        outputs.addmm_(d[:, rows], gram @ d[:, rest].T)
+        # S_a S_b = 1/4 (w v^T + v w^T)(w' v'^T + v' w'^T) of neurons a, b; grouped by the vector of a on the left.
+        left_w = ((c * vw) @ v[rest]).addmm_(c * vv, w[rest])
+        left_v = ((c * ww) @ v[rest]).addmm_(c * wv, w[rest])
+        inputs.addmm_(w[rows].T, left_w, alpha=0.25).addmm_(v[rows].T, left_v, alpha=0.25)
+    return Modes(outputs + outputs.T, inputs + inputs.T)
 
 
 @dataclass(frozen=True, eq=False)
