@@ -37,6 +37,8 @@ def direction_rows(direction: Direction | None, d_out: int, like: Tensor) -> Flo
         check_tensor("direction", rows, (d_out,), like)
         return rows[None]
     check_tensor("directions", rows, (None, d_out), like)
+    if not len(rows):
+        raise ValueError("directions are empty, expected at least one row; None is all outputs")
     return rows
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from bilinear._checks import check_count
 from bilinear._factors import Factors, forms
 from bilinear._layer import Layer
-from bilinear._metric import Metric, resolved
+from bilinear._metric import Metric, check_layer, resolved
 from bilinear._norm import same_sphere
 
 _ROWS = 128  # neurons of a block; a block holds a few (rows, hidden) matrices
@@ -97,6 +97,8 @@ def form_norms(factors: Factors, rows: Float[Tensor, "direction d_out"]) -> Floa
 
 def _paired(a: Layer, b: Layer, metric: str | Metric | Tensor | None) -> tuple[Factors, Factors]:
     """Both layers' factors in float64, in one metric and the same coordinates."""
+    check_layer(a)
+    check_layer(b)
     if (a.d_in, a.d_out) != (b.d_in, b.d_out):
         raise ValueError(f"layers {a.d_in} -> {a.d_out} and {b.d_in} -> {b.d_out} differ in their widths")
     if not same_sphere(a.norm, b.norm):
