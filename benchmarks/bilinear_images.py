@@ -45,10 +45,11 @@ _BARS = {"accuracy lost at 10": 0.001, "certified at 30": 0.95, "64 shared squar
 def run(folder: Path | None, out: Path, smoke: bool) -> str:
     """Train and measure every setting; returns the tables."""
     names = ["digits"] if folder is None or smoke else ["mnist", "fashion_mnist"]
-    result: dict[str, Any] = {"bars": _BARS, "kept": KEPT, "seeds": SEEDS, "provenance": provenance()}
+    result: dict[str, Any] = {"bars": _BARS, "kept": KEPT, "seeds": SEEDS}
     texts = []
     for name in names:
-        result[name] = _data_set(images(name, folder), out, smoke)
+        where = provenance()
+        result[name] = _data_set(images(name, folder), out, smoke) | {"provenance": where}
         texts.append(image_tables(name, result[name], KEPT))
         # After every data set, since a long run may be cut short.
         write_json(out / "images.json", result)

@@ -122,13 +122,47 @@ def circuit(model: LanguageModel, characters: list[str], character: str, metric:
     graph = nx.DiGraph(output=f"logit of {character!r}", metric=metric.name)
     graph.add_node("logit", kind="output")
     for i in range(k):
+        graph.add_node(f"last {i}", kind="component of the last MLP")
         graph.add_edge(f"last {i}", "logit", weight=float(pairs.values[i]), evidence="exact")
-        for r in found.weights[i].abs().argsort(descending=True)[:4].tolist():
-            graph.add_edge(f"first {r}", f"last {i}", weight=float(found.weights[i, r]), evidence="exact up to 1/rms")
-        for t in tokens[:, i].abs().argsort(descending=True)[:4].tolist():
-            weight = float(tokens[t, i])
-            graph.add_edge(f"token {characters[t]!r}", f"last {i}", weight=weight, evidence="exact up to 1/rms")
+        read_from = [("token", repr(c), tokens[t, i]) for t, c in enumerate(characters)]
+        read_from += [("component of the first MLP", f"first {r}", weight) for r, weight in enumerate(found.weights[i])]
+        for kind in ("token", "component of the first MLP"):
+            own = sorted((one for one in read_from if one[0] == kind), key=lambda one: -abs(float(one[2])))
+            for _, node, weight in own[:4]:
+                graph.add_node(node, kind=kind)
+                graph.add_edge(node, f"last {i}", weight=float(weight), evidence="exact up to 1/rms")
     return graph
+
+
+def picture(graph: nx.DiGraph) -> Any:
+    """A matplotlib figure of a circuit: what is read on the left, then components, then the logit."""
+    from matplotlib.figure import Figure
+
+    sources = [node for node in graph if not graph.in_degree(node)]
+    middle = list(graph.predecessors("logit"))
+    places = {"logit": (2.0, 0.5)} | {node: (1.0, 1 - (i + 0.5) / len(middle)) for i, node in enumerate(middle)}
+    # Each source near what reads it.
+    sources.sort(key=lambda node: -max(places[to][1] for to in graph.successors(node)))
+    places |= {node: (0.0, 1 - (i + 0.5) / len(sources)) for i, node in enumerate(sources)}
+    kinds, most = dict(graph.nodes(data="kind")), dict[str, float]()  # widths compare within a kind of source
+    for a, _, weight in graph.edges(data="weight"):
+        most[kinds[a]] = max(most.get(kinds[a], 0.0), abs(weight))
+    figure = Figure(figsize=(7.0, 6.4), layout="constrained")
+    axis = figure.subplots()
+    for a, b, weight in graph.edges(data="weight"):
+        (x, y), (x2, y2) = places[a], places[b]
+        width = 3 * abs(weight) / most[kinds[a]]
+        axis.plot((x, x2), (y, y2), color="tab:blue" if weight > 0 else "tab:red", linewidth=width, alpha=0.6, zorder=1)
+    for node, (x, y) in places.items():
+        label = graph.graph["output"] if node == "logit" else node
+        box = {"boxstyle": "round", "facecolor": "white", "edgecolor": "grey"}
+        axis.text(x, y, label, ha=("right", "center", "left")[int(x)], va="center", fontsize=8, bbox=box, zorder=2)
+    axis.set(xlim=(-0.4, 2.5), ylim=(0, 1))
+    axis.set_title(
+        f"{graph.graph['output']}, {graph.graph['metric']} metric; blue: positive weights, red: negative", fontsize=9
+    )
+    axis.axis("off")
+    return figure
 
 
 def run(folder: Path | None, out: Path, smoke: bool) -> str:
@@ -174,6 +208,7 @@ def run(folder: Path | None, out: Path, smoke: bool) -> str:
     write_json(out / "language.json", result)
     graph = circuit(model, characters, "e", metric)
     write(out / "language_circuit.json", json.dumps(nx.node_link_data(graph, edges="edges"), indent=1) + "\n")
+    picture(graph).savefig(out / "language_circuit.png", dpi=100)
     rows = [[label, *(f"{value:.4f}" for value in values)] for label, values in curves.items()]
     head = ("metric", *(f"k {k}" for k in result["kept"]))
     text = (

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from bilinear._modules import BilinearMLP
-from bilinear._rewriting import put, write_back
+from bilinear._rewriting import HINT, put, write_back
 from bilinear._squares import Squares
 
 
@@ -47,9 +47,16 @@ def to_decomposition(model: nn.Module, batches: Iterable[Any], squares: Mapping[
 
     Raises:
         ValueError: For paths without a module, or batches that do not fit the model.
+        TypeError: For what is no `Squares`.
     """
     import weightdecomp
 
+    for path, own in squares.items():
+        if not isinstance(own, Squares):
+            raise TypeError(
+                f"{path!r}: expected bilinear.Squares, got {type(own).__name__}; {HINT}, those of a layer "
+                "bilinear.neuron_squares(layer)"
+            )
     changed = write_back(model, squares)
     components = {}
     for path, own in squares.items():

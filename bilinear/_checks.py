@@ -1,6 +1,7 @@
 """Checks at the boundary: what users pass in, refused by the name that they typed."""
 
 from collections.abc import Sequence
+from numbers import Integral
 
 import torch
 from torch import Tensor
@@ -45,7 +46,7 @@ def check_inputs(name: str, x: object, d_in: int, like: Tensor) -> None:
 
 def check_count(name: str, value: object, most: int, of: str) -> None:
     """Refuse a count that is no integer in 1..most."""
-    if not isinstance(value, int) or isinstance(value, bool):
+    if not isinstance(value, Integral) or isinstance(value, bool):
         raise TypeError(f"{name} must be an integer, got {value!r}")
-    if not 1 <= value <= most:
+    if not 1 <= int(value) <= most:
         raise ValueError(f"{name} must be between 1 and {most} ({of}), got {value}")

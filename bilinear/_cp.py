@@ -53,11 +53,11 @@ class SharedSquares:
         """The diagnostics as text."""
         spread = ", ".join(f"{one:.4f}" for one in self.errors)
         end = "converged" if self.converged else "stopped at the limit of steps"
+        agreement = f"agreement of the {self.as_good} that fit as well {self.agreement:.3f}"
         return (
             f"{self.squares.n} shared squares, metric {self.metric.name}: relative error {self.error:.4f} "
-            f"(starts: {spread}), agreement of the {self.as_good} that fit as well {self.agreement:.3f}, "
-            f"cancellation {self.cancellation:.2f}, "
-            f"{self.steps} steps, {end}"
+            f"(starts: {spread}), {agreement if self.as_good > 1 else 'no other start fits as well'}, "
+            f"cancellation {self.cancellation:.2f}, {self.steps} steps, {end}"
         )
 
     __repr__ = __str__

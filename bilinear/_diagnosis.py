@@ -1,5 +1,6 @@
 """Diagnosis of overfitting: how concentrated spectra are, and on how few pixels their vectors lie."""
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 from bilinear._directions import Direction
 from bilinear._eigen import eigen
 from bilinear._layer import Layer
-from bilinear._metric import Metric
+from bilinear._metric import Metric, check_layer
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,9 +35,10 @@ class Diagnosis:
         """Means over the directions."""
         means = [float(x.double().mean()) for x in (self.effective_rank, self.leading_share, self.pixel_count)]
         outliers = float(self.outlier_share.double().mean())
+        rare = "" if math.isnan(outliers) else f", {outliers:.1%} of them on rarely active inputs"
         return (
             f"effective rank {means[0]:.1f}, top {self.k} pairs hold {means[1]:.1%} of the spectrum, their vectors "
-            f"cover {means[2]:.0f} inputs, {outliers:.1%} of them on rarely active inputs"
+            f"cover {means[2]:.0f} inputs{rare}"
         )
 
 
@@ -70,6 +72,7 @@ def diagnosis(
         Pixel concentration of noise-free networks: Pearce et al. (arXiv 2410.08417), section 4.1 and appendix B;
         figures ours.
     """
+    check_layer(layer)
     pairs = eigen(layer, layer.directions(direction), metric=metric)
     squares = pairs.values.square()
     whole = squares.sum(1)

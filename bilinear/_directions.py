@@ -34,9 +34,16 @@ def direction_rows(direction: Direction | None, d_out: int, like: Tensor) -> Flo
         return direction_rows(None, d_out, like)[[number]]
     rows = direction if isinstance(direction, Tensor) else _converted(direction, like)
     if rows.ndim == 1:
+        if len(rows) != d_out:
+            raise ValueError(
+                f"direction has {len(rows)} numbers, expected {d_out}, one an output; several outputs are rows, "
+                f"torch.eye({d_out})[numbers]"
+            )
         check_tensor("direction", rows, (d_out,), like)
         return rows[None]
     check_tensor("directions", rows, (None, d_out), like)
+    if not len(rows):
+        raise ValueError("directions are empty, expected at least one row; None is all outputs")
     return rows
 
 

@@ -11,7 +11,7 @@ from bilinear._checks import check_inputs
 from bilinear._layer import Layer
 from bilinear._modules import GatedMLP, check_gate, odd_part
 
-_HALF_WIDTH = (2 / torch.pi) ** 0.5  # slope of erf(z / sqrt 2) at 0
+_HALF_WIDTH = (2 / torch.pi) ** 0.5  # slope at 0 of erf(z / sqrt 2), and of its approximation by tanh
 
 
 class BilinearShare(NamedTuple):
@@ -56,7 +56,7 @@ class GatedLayer:
 
     Attributes:
         full: The bilinear layer with the same weights, whose gate is z itself.
-        gate: "silu", "gelu" (the exact one, by erf) or "relu".
+        gate: "silu", "gelu" (the exact one, by erf), "gelu_tanh" (its approximation by tanh) or "relu".
 
     Source:
         The split and its certificate are ours.
@@ -96,13 +96,13 @@ class GatedLayer:
     def bound(self, x: Tensor) -> Float[Tensor, "*batch d_out"]:
         r"""A bound on |remainder| of each output: :math:`\sum_a |d_{ua}|\, b(z_a)\, |v_a x|`.
 
-        b(z) is min(z^2/4, |z|/2) for SiLU, min(z^2/sqrt(2 pi), |z|/2) for GELU, and |z|/2 for ReLU.
+        b(z) is min(z^2/4, |z|/2) for SiLU, min(z^2/sqrt(2 pi), |z|/2) for both GELUs, and |z|/2 for ReLU.
         """
         z, up = self._operands(x)
         most = z.abs() / 2
         if self.gate == "silu":
             most = torch.minimum(most, z.square() / 4)
-        if self.gate == "gelu":
+        if self.gate in ("gelu", "gelu_tanh"):
             most = torch.minimum(most, z.square() * (_HALF_WIDTH / 2))
         return (most * up.abs()) @ self.full.d.abs().T
 

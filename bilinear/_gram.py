@@ -11,7 +11,7 @@ from torch import Tensor
 from bilinear._checks import check_count
 from bilinear._factors import Factors, forms
 from bilinear._layer import Layer
-from bilinear._metric import Metric, resolved
+from bilinear._metric import Metric, check_layer, resolved
 from bilinear._norm import same_sphere
 
 _ROWS = 128  # neurons of a block; a block holds a few (rows, hidden) matrices
@@ -97,6 +97,8 @@ def form_norms(factors: Factors, rows: Float[Tensor, "direction d_out"]) -> Floa
 
 def _paired(a: Layer, b: Layer, metric: str | Metric | Tensor | None) -> tuple[Factors, Factors]:
     """Both layers' factors in float64, in one metric and the same coordinates."""
+    check_layer(a)
+    check_layer(b)
     if (a.d_in, a.d_out) != (b.d_in, b.d_out):
         raise ValueError(f"layers {a.d_in} -> {a.d_out} and {b.d_in} -> {b.d_out} differ in their widths")
     if not same_sphere(a.norm, b.norm):
@@ -154,33 +156,19 @@ def mode_grams(factors: Factors) -> Modes:
     outputs = torch.zeros(len(d), len(d), dtype=d.dtype, device=d.device)
     inputs = torch.zeros(w.shape[1], w.shape[1], dtype=d.dtype, device=d.device)
     for start in range(0, len(w), _ROWS):
-        rows = slice(start, start + _ROWS)
-        # Products with the neurons before this block were taken, mirrored, when it was their turn.
-        rest = slice(start, None)
+        # Pairs with neurons before this block were taken when it was their turn; the transpose adds their other order.
+        rows, rest = slice(start, start + _ROWS), slice(start, None)
         ww, vv, wv, vw = (a[rows] @ b[rest].T for a, b in ((w, w), (v, v), (w, v), (v, w)))
         gram = (ww * vv).addcmul_(wv, vw).mul_(0.5)
         c = d[:, rows].T @ d[:, rest]
-        later = slice(len(gram), None)
-        outputs += d[:, rows] @ (gram[:, : len(gram)] @ d[:, rows].T)
-        inputs += _squared(
-            w[rows], v[rows], w[rows], v[rows], c[:, : len(gram)], [x[:, : len(gram)] for x in (ww, vv, wv, vw)]
-        )
-        if start + _ROWS < len(w):
-            across = d[:, rows] @ (gram[:, later] @ d[:, start + _ROWS :].T)
-            outputs += across + across.T
-            after = slice(start + _ROWS, None)
-            found = _squared(w[rows], v[rows], w[after], v[after], c[:, later], [x[:, later] for x in (ww, vv, wv, vw)])
-            inputs += found + found.T
-    return Modes((outputs + outputs.T) / 2, (inputs + inputs.T) / 2)
-
-
-def _squared(w: Tensor, v: Tensor, w2: Tensor, v2: Tensor, c: Tensor, products: list[Tensor]) -> Tensor:
-    """Sum over neurons a, b of c_ab S_a S_b for their symmetric matrices S."""
-    ww, vv, wv, vw = products
-    # S_a S_b = 1/4 (w v^T + v w^T)(w' v'^T + v' w'^T); grouped by the vector of a on the left.
-    left_w = (c * vw) @ v2 + (c * vv) @ w2
-    left_v = (c * ww) @ v2 + (c * wv) @ w2
-    return (w.T @ left_w + v.T @ left_v) / 4
+        for one in (gram, c):
+            one[:, : len(one)] /= 2  # pairs within the block come in both orders
+        outputs.addmm_(d[:, rows], gram @ d[:, rest].T)
+        # S_a S_b = 1/4 (w v^T + v w^T)(w' v'^T + v' w'^T) of neurons a, b; grouped by the vector of a on the left.
+        left_w = ((c * vw) @ v[rest]).addmm_(c * vv, w[rest])
+        left_v = ((c * ww) @ v[rest]).addmm_(c * wv, w[rest])
+        inputs.addmm_(w[rows].T, left_w, alpha=0.25).addmm_(v[rows].T, left_v, alpha=0.25)
+    return Modes(outputs + outputs.T, inputs + inputs.T)
 
 
 @dataclass(frozen=True, eq=False)

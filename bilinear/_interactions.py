@@ -8,6 +8,7 @@ from torch import Tensor
 
 from bilinear._checks import check_count, check_tensor
 from bilinear._layer import Layer
+from bilinear._metric import check_layer
 
 
 class Strongest(NamedTuple):
@@ -49,6 +50,7 @@ def interactions(
     Source:
         Pearce et al. (arXiv 2410.08417), section 4.2; constants and biases ours.
     """
+    check_layer(layer)
     check_tensor("reads", reads, (layer.d_in, None), layer.w)
     head = layer.directions(writes)
     if layer.norm is not None:

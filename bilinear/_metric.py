@@ -68,6 +68,7 @@ def moment(
     Raises:
         ValueError: If there are no inputs, they do not fit the layer, or weights are negative, not finite or all 0.
     """
+    check_layer(layer)
     total, n = None, 0.0
     for batch in [inputs] if isinstance(inputs, Tensor) else inputs:
         x = layer.coordinates(batch).double().reshape(-1, layer.n_coordinates)
@@ -122,6 +123,19 @@ def metric_from_moment(layer: Layer, second_moment: Tensor, floor: float = 1e-6)
     return Metric("data", *(one.to(layer.w) for one in made))
 
 
+def check_layer(layer: object) -> None:
+    """Refuse what is no layer.
+
+    Raises:
+        TypeError: Saying what makes one.
+    """
+    if not isinstance(layer, Layer):
+        raise TypeError(
+            f"expected a bilinear.Layer, got {type(layer).__name__}; bilinear.read(module) makes one of a module, "
+            "and a gated layer's exact half is its .bilinear"
+        )
+
+
 def resolved(layer: Layer, metric: str | Metric | Tensor | None) -> Metric:
     """The metric that a user named, or the layer's default: the norm sphere behind a norm, else the input space.
 
@@ -129,11 +143,7 @@ def resolved(layer: Layer, metric: str | Metric | Tensor | None) -> Metric:
         ValueError: For an unknown name, the sphere without a norm, or "data" without data.
         TypeError: For what is no layer.
     """
-    if not isinstance(layer, Layer):
-        raise TypeError(
-            f"expected a bilinear.Layer, got {type(layer).__name__}; bilinear.read(module) makes one of a module, "
-            "and a gated layer's exact half is its .bilinear"
-        )
+    check_layer(layer)
     if isinstance(metric, Metric):
         if metric.moment is not None and len(metric.moment) != layer.n_coordinates:
             raise ValueError(
@@ -142,6 +152,11 @@ def resolved(layer: Layer, metric: str | Metric | Tensor | None) -> Metric:
             )
         return metric
     if isinstance(metric, Tensor):
+        if metric.ndim == 2 and len(metric) != metric.shape[1]:
+            raise ValueError(
+                f"metric has shape {tuple(metric.shape)}, expected a second moment; if these are inputs, pass "
+                "metric=bilinear.data_metric(layer, inputs)"
+            )
         return metric_from_moment(layer, metric)
     default = "input" if layer.norm is None else "sphere"
     if metric in (None, default):

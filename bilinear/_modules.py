@@ -6,6 +6,8 @@ from torch import Tensor, nn
 
 from bilinear._norm import Norm
 
+GATES = ("silu", "gelu", "gelu_tanh", "relu")
+
 
 class NormModule(nn.Module):
     """A norm as a module, so that it follows its model's device and dtype."""
@@ -103,7 +105,8 @@ class GatedMLP(nn.Module):
     .. math:: \mathrm{gate}_\beta(z) = z/2 + \mathrm{odd}_\beta(z), \quad
         \mathrm{odd}_\beta(z) = \tfrac z2 \tanh(\beta z / 2),\ \tfrac z2 \mathrm{erf}(\beta z / \sqrt 2),\ \beta |z| / 2
 
-    Sharpness 1 is the usual gate; at 0 the layer is half of the bilinear one.
+    "gelu_tanh" is torch's GELU with `approximate="tanh"`. Sharpness 1 is the usual gate; at 0 the layer is half of the
+    bilinear one.
 
     Source:
         Swish with beta annealed to 0: Pearce et al. (arXiv 2410.08417), appendix J; the other two gates are ours.
@@ -134,8 +137,8 @@ def check_gate(gate: object) -> None:
     Raises:
         ValueError: Naming the gates that have one.
     """
-    if gate not in ("silu", "gelu", "relu"):
-        raise ValueError(f"gate must be 'silu', 'gelu' or 'relu', got {gate!r}")
+    if gate not in GATES:
+        raise ValueError(f"gate must be one of {', '.join(map(repr, GATES))}, got {gate!r}")
 
 
 def odd_part(gate: str, z: Float[Tensor, "*n"], sharpness: float = 1.0) -> Float[Tensor, "*n"]:
@@ -144,4 +147,7 @@ def odd_part(gate: str, z: Float[Tensor, "*n"], sharpness: float = 1.0) -> Float
         return z / 2 * torch.tanh(sharpness * z / 2)
     if gate == "gelu":
         return z / 2 * torch.erf(sharpness * z / 2**0.5)
+    if gate == "gelu_tanh":
+        sharp = sharpness * z
+        return z / 2 * torch.tanh((2 / torch.pi) ** 0.5 * (sharp + 0.044715 * sharp**3))
     return sharpness * z.abs() / 2

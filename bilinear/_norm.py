@@ -7,6 +7,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from bilinear._checks import check_tensor
+from bilinear._foreign import output_of, plain, rounding
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,11 +74,11 @@ class Norm:
 
 
 def norm_of(module: nn.Module) -> Norm:
-    """The norm that a module computes.
+    """The norm that a module computes; found by running it on random inputs, large and small.
 
     Args:
-        module: `nn.RMSNorm`, `nn.LayerNorm`, or a module of a class named like them (Llama's, say) with `weight` and an
-            epsilon under a usual name.
+        module: `nn.RMSNorm`, `nn.LayerNorm`, or any module with an epsilon under a usual name that computes one of the
+            two, with gain `weight` or, as Gemma's, 1 + `weight`.
 
     Raises:
         TypeError: For any other module, or one that normalises more than the last dimension.
@@ -85,15 +86,35 @@ def norm_of(module: nn.Module) -> Norm:
     shape = getattr(module, "normalized_shape", (0,))
     if len(shape) != 1:
         raise TypeError(f"the norm is over {len(shape)} dimensions, expected the last one alone")
-    name = type(module).__name__
-    kind = "rms" if "RMSNorm" in name else "layer" if "LayerNorm" in name else None
-    if kind is None:
-        raise TypeError(f"norm must be an RMSNorm or a LayerNorm, got {name}; build a bilinear.Norm for your own")
     eps = next((getattr(module, one) for one in ("eps", "variance_epsilon", "epsilon") if hasattr(module, one)), None)
-    gain, bias = getattr(module, "weight", None), getattr(module, "bias", None)
+    given = (getattr(module, name, None) for name in ("weight", "bias"))
+    gain, bias = (plain(one) if isinstance(one, Tensor) else None for one in given)
     if eps is None:  # nn.RMSNorm's default
-        eps = torch.finfo(gain.dtype if isinstance(gain, Tensor) else torch.get_default_dtype()).eps
-    return Norm(kind, float(eps), *(None if x is None else x.detach() for x in (gain, bias)))
+        eps = torch.finfo(torch.get_default_dtype() if gain is None else gain.dtype).eps
+    for kind in ("rms", "layer"):
+        for own in (gain, None if gain is None else 1 + gain):
+            found = Norm(kind, float(eps), own, bias)
+            if _computes(module, found, len(gain) if gain is not None else shape[0] or 8):
+                return found
+    raise TypeError(
+        f"norm must be an RMSNorm or a LayerNorm, got {type(module).__name__}, which computes neither; "
+        "build a bilinear.Norm for your own"
+    )
+
+
+def _computes(module: nn.Module, norm: Norm, width: int) -> bool:
+    """Whether a module is a norm, on inputs down to where its eps counts."""
+    sizes = torch.tensor([1e-4, 1e-3, 1e-2, 1.0, 10.0])[:, None]
+    x = sizes * torch.randn(len(sizes), width, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    try:
+        y = output_of(module, x)
+    except (RuntimeError, TypeError, ValueError, IndexError):
+        return False
+    if not isinstance(y, Tensor) or y.shape != x.shape:
+        return False
+    ours = norm.to(torch.float64)(x.to(y.device))
+    scale = ours.abs().amax(1, keepdim=True)
+    return bool(((y.double() - ours).abs() <= rounding(module) * scale).all())
 
 
 def same_sphere(a: Norm | None, b: Norm | None) -> bool:

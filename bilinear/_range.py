@@ -12,6 +12,7 @@ from torch import Tensor
 from bilinear._directions import Direction
 from bilinear._factors import forms
 from bilinear._layer import Layer
+from bilinear._metric import check_layer
 
 _HARD = 1e-10  # share of the linear part below which it does not reach the top eigenvectors
 
@@ -56,6 +57,7 @@ def output_range(layer: Layer, direction: Direction | None = None, radius: float
     Source:
         Trust-region subproblem: More and Sorensen 1983; use on bilinear layers ours.
     """
+    check_layer(layer)
     if layer.norm is None and radius is None:
         raise ValueError("the layer has no norm in front, so its output is unbounded; pass radius=, the longest input")
     if layer.norm is not None and radius is not None:

@@ -6,12 +6,15 @@ from collections.abc import Callable, Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
+from bilinear._gated import GatedLayer
 from bilinear._layer import Layer
 from bilinear._modules import BilinearMLP, GatedMLP
 from bilinear._squares import Squares
 
+HINT = "the components of eigenpairs are .squares(), those of a truncation or a fit .squares"
 
-def write_back(model: nn.Module, layers: Mapping[str, Layer | Squares]) -> nn.Module:
+
+def write_back(model: nn.Module, layers: Mapping[str, Layer | GatedLayer | Squares]) -> nn.Module:
     """A copy of the model with layers or components in place of modules, as real weights.
 
     Args:
@@ -23,6 +26,7 @@ def write_back(model: nn.Module, layers: Mapping[str, Layer | Squares]) -> nn.Mo
 
     Raises:
         ValueError: If there is no module at a path.
+        TypeError: For what is no layer and no components.
     """
     modules = dict(model.named_modules())
     for path in layers:
@@ -31,7 +35,9 @@ def write_back(model: nn.Module, layers: Mapping[str, Layer | Squares]) -> nn.Mo
     changed = copy.deepcopy(model)
     for path, found in layers.items():
         layer = found.layer() if isinstance(found, Squares) else found
-        module = layer.module()
+        if not isinstance(layer, Layer | GatedLayer):
+            raise TypeError(f"{path!r}: expected a bilinear.Layer or Squares, got {type(found).__name__}; {HINT}")
+        module: nn.Module = layer.module()
         like = next(modules[path].parameters(), None)
         module = module if like is None else module.to(like)
         changed = put(changed, path, module.train(modules[path].training))

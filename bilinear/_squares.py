@@ -9,6 +9,7 @@ from torch import Tensor
 from bilinear._checks import check_inputs
 from bilinear._factors import balanced
 from bilinear._layer import Layer
+from bilinear._metric import check_layer
 from bilinear._norm import Norm
 
 
@@ -79,6 +80,7 @@ def neuron_squares(layer: Layer) -> Squares:
 
     w and v are balanced to the same length first, so that the squares do not depend on the gauge.
     """
+    check_layer(layer)
     w, v, d = balanced(layer.factors())
     vectors = torch.cat([w + v, w - v]).T / 2
     return squares_of(layer, vectors, torch.cat([d, -d], 1), "exact")

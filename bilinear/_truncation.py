@@ -15,7 +15,7 @@ from bilinear._eigen import dense_pairs
 from bilinear._factors import Factors, forms, spanned
 from bilinear._gram import as_double, traces
 from bilinear._layer import Layer
-from bilinear._metric import Metric, moment, resolved
+from bilinear._metric import Metric, check_layer, moment, resolved
 from bilinear._squares import Squares, squares_of
 
 _CHUNK = 1 << 24  # numbers held at a time
@@ -150,6 +150,7 @@ class Truncation:
 
 def centred(layer: Layer) -> Float[Tensor, "d_out d_out"]:
     """Directions of every output less the mean of all: logits as softmax and arg-max see them."""
+    check_layer(layer)
     eye = layer.directions(None)
     return eye - 1 / len(eye)
 

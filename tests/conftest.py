@@ -40,6 +40,14 @@ def rng() -> torch.Generator:
 
 
 @pytest.fixture
+def types_unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Annotations as a user has them, unchecked, so that our own checks see what came."""
+    import jaxtyping
+
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+
+
+@pytest.fixture
 def short(monkeypatch: pytest.MonkeyPatch) -> None:
     """Short attacks and one null, for runs that are not asked how good their result is."""
     from weightdecomp import _fit, _null

@@ -284,6 +284,11 @@ def test_printing_shows_the_largest_pairs():
     assert "offset" in text and "effective rank" in text and "... and 4 more directions" in text
 
 
+@pytest.mark.usefixtures("types_unchecked")
+def test_counts_may_be_numpys():
+    assert eigen(bilinear_layer(3, 4, 2), k=np.int64(2)).k == 2  # type: ignore[arg-type]
+
+
 def test_what_eigen_cannot_do_is_refused():
     layer = bilinear_layer(3, 4, 2)
 
@@ -291,6 +296,10 @@ def test_what_eigen_cannot_do_is_refused():
         eigen(layer, k=4)
     with pytest.raises(TypeError, match="k must be an integer, got True"):
         eigen(layer, k=True)
+    with pytest.raises(ValueError, match="directions are empty, expected at least one row"):
+        eigen(layer, torch.zeros(0, 2).double())
+    with pytest.raises(ValueError, match=r"metric has shape \(9, 3\), expected a second moment; if these are inputs"):
+        eigen(layer, metric=drawn(9, 3))
     with pytest.raises(ValueError, match="rtol must be between 0 and 1, got 0.0"):
         eigen(layer, rtol=0.0)
     with pytest.raises(ValueError, match="method must be 'auto', 'dense' or 'lanczos', got 'qr'"):

@@ -1,3 +1,5 @@
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -10,7 +12,7 @@ from bilinear import BilinearMLP, GatedLayer, GatedMLP, bilinear_finetuned, read
 from tests.bilinear_models import bilinear_layer, cases
 from tests.models import drawn
 
-GATES = {"silu": F.silu, "gelu": F.gelu, "relu": F.relu}
+GATES = {"silu": F.silu, "gelu": F.gelu, "gelu_tanh": partial(F.gelu, approximate="tanh"), "relu": F.relu}
 
 
 @given(**cases, gate=st.sampled_from(sorted(GATES)))
@@ -105,7 +107,7 @@ def test_what_cannot_be_finetuned_is_refused():
         bilinear_finetuned(GatedMLP(2, 3), [], lambda m, b: torch.zeros(()))
     with pytest.raises(ValueError, match=r"anneal must be in \(0, 1\], got 2"):
         bilinear_finetuned(GatedMLP(2, 3), [1], lambda m, b: torch.zeros(()), anneal=2.0)
-    with pytest.raises(ValueError, match="gate must be 'silu', 'gelu' or 'relu', got 'tanh'"):
+    with pytest.raises(ValueError, match="gate must be one of 'silu', 'gelu', 'gelu_tanh', 'relu', got 'tanh'"):
         GatedMLP(2, 3, gate="tanh")
     with pytest.raises(ValueError, match="x is empty"):
         GatedLayer(bilinear_layer(3, 4, 2), "silu").share(drawn(0, 3))

@@ -1,6 +1,7 @@
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -11,14 +12,19 @@ from torch.testing import assert_close
 
 import weightdecomp as wd
 from bilinear import (
+    BilinearAttention,
     BilinearMLP,
     GatedLayer,
     GatedMLP,
     Layer,
     adversarial_directions,
+    centred,
+    data_metric,
     diagnosis,
     eigen,
     neuron_squares,
+    norm,
+    output_range,
     plot_spectra,
     plot_vectors,
     read,
@@ -59,6 +65,35 @@ class Packed(nn.Module):
         return self.linear_out(left * right)
 
 
+class PackedGate(nn.Module):
+    """In the names of Phi-3's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate_up_proj, self.down_proj = nn.Linear(4, 12, bias=False), nn.Linear(6, 4, bias=False)
+        self.activation_fn = nn.SiLU()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        gate, up = self.gate_up_proj(x).chunk(2, -1)
+        return self.down_proj(up * self.activation_fn(gate))
+
+
+class Shifted(BilinearMLP):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) + 1
+
+
+class OwnNorm(nn.Module):
+    """An RMSNorm by no usual name, with gain offset + weight: offset 1 is Gemma's."""
+
+    def __init__(self, d: int, offset: float) -> None:
+        super().__init__()
+        self.weight, self.variance_epsilon, self.offset = nn.Parameter(drawn(d)), 1e-5, offset
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return (self.offset + self.weight) * x * (x.square().mean(-1, keepdim=True) + self.variance_epsilon).rsqrt()
+
+
 @pytest.mark.parametrize(
     "module",
     [
@@ -69,11 +104,16 @@ class Packed(nn.Module):
         Foreign(),
         Foreign(nn.SiLU()),
         Foreign(nn.GELU()),
+        Foreign(nn.GELU("tanh")),
         Foreign(F.relu),
         Packed(),
+        PackedGate(),
     ],
-    ids=["residual and norm", "layer norm", "plain", "gated", "no gate", "silu", "gelu", "relu", "packed"],
-)
+    ids=[
+        "residual and norm", "layer norm", "plain", "gated", "no gate", "silu", "gelu", "gelu by tanh", "relu",
+        "packed", "packed gate",
+    ],
+)  # fmt: skip
 def test_a_module_is_read_exactly(module: nn.Module):
     """B10."""
     module = seeded(module).double()
@@ -110,10 +150,38 @@ def test_linear_maps_are_read_separately_and_packed():
     assert_close(gated(x), d(F.silu(w(x)) * v(x)).detach())
 
 
-def test_half_precision_is_read_as_float32():
-    layer = read(BilinearMLP(4, 6).to(torch.bfloat16))
+@pytest.mark.parametrize("offset", [0.0, 1.0])
+def test_a_norm_is_read_by_what_it_computes(offset: float):
+    module = seeded(BilinearMLP(4, 6, norm=OwnNorm(4, offset))).double()
+    x = torch.cat([drawn(8, 4), 1e-3 * drawn(8, 4)])
+
+    assert_close(read(module)(x), module(x).detach(), rtol=1e-12, atol=1e-12)
+
+
+def test_what_computes_no_norm_is_refused():
+    linears = nn.Linear(4, 6), nn.Linear(4, 6), nn.Linear(6, 4)
+
+    with pytest.raises(TypeError, match="RMSNorm or a LayerNorm, got BatchNorm1d, which computes neither"):
+        read_linears(*linears, norm=nn.BatchNorm1d(4))
+
+
+@pytest.mark.parametrize("norm", [None, nn.RMSNorm(4)])
+def test_half_precision_is_read_as_float32(norm: nn.Module | None):
+    module = seeded(BilinearMLP(4, 6, norm=norm))
+    layer = read(module.to(torch.bfloat16))
 
     assert isinstance(layer, Layer) and layer.w.dtype == torch.float32
+    x = 1e-3 * drawn(8, 4).float()  # down to where a wrong eps would show
+    assert_close(layer(x), module.float()(x).detach(), rtol=1e-4, atol=1e-12)
+
+
+def test_reading_leaves_every_part_in_its_own_mode():
+    module = seeded(Foreign()).train()
+    module.up_proj.eval()
+
+    read(module)
+
+    assert {name for name, one in module.named_modules() if one.training} == {"", "gate_proj", "down_proj"}
 
 
 @pytest.mark.parametrize(
@@ -133,6 +201,31 @@ def test_a_module_that_is_not_bilinear_is_refused(module: nn.Module, error: type
 def test_a_module_that_computes_something_else_is_refused():
     with pytest.raises(ValueError, match=r"does not compute d\(relu\(w x\) \* \(v x\)\): on random inputs it differs"):
         read(seeded(Foreign(nn.SiLU())), gate="relu")
+    with pytest.raises(ValueError, match="Shifted does not compute"):
+        read(seeded(Shifted(4, 6)))
+
+
+def test_arguments_that_are_not_for_a_module_are_refused():
+    with pytest.raises(ValueError, match="gate='relu': what a GatedMLP computes is known; leave gate out"):
+        read(GatedMLP(4, 6), gate="relu")
+    with pytest.raises(ValueError, match="attention is read without a residual path"):
+        read(BilinearAttention(4, 2), residual=True)
+
+
+@pytest.mark.usefixtures("types_unchecked")
+def test_packed_linears_of_another_kind_are_refused():
+    with pytest.raises(TypeError, match=r"packed must be an nn\.Linear, got Conv1d"):
+        read_packed(nn.Conv1d(4, 6, 1), nn.Linear(3, 4))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "function", [norm, neuron_squares, centred, diagnosis, output_range, lambda one: data_metric(one, drawn(3, 4))]
+)
+@pytest.mark.usefixtures("types_unchecked")
+def test_what_is_no_layer_is_refused(function: Callable[[object], object]):
+    for module in (nn.Linear(4, 4), GatedLayer(bilinear_layer(4, 6, 4), "silu")):
+        with pytest.raises(TypeError, match=f"expected a bilinear.Layer, got {type(module).__name__}"):
+            function(module)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -215,6 +308,17 @@ def test_given_components_that_do_not_fit_are_refused():
         wd.assemble(model.eval(), [x], {"0": (torch.eye(2), torch.eye(2))})
 
 
+@pytest.mark.usefixtures("types_unchecked")
+def test_only_layers_and_components_are_written_back():
+    layer, x = bilinear_layer(4, 6, 3), drawn(8, 4)
+    model = nn.Sequential(layer.module())
+
+    with pytest.raises(TypeError, match="'0': expected a bilinear.Layer or Squares, got Truncation; .* fit .squares"):
+        write_back(model, {"0": truncate(layer, 1)})  # type: ignore[dict-item]
+    with pytest.raises(TypeError, match="'0': expected bilinear.Squares, got Layer; .* bilinear.neuron_squares"):
+        to_decomposition(model, [x], {"0": layer})  # type: ignore[dict-item]
+
+
 def test_adversarial_directions_raise_their_output_more_than_others():
     layer = bilinear_layer(12, 20, 3)
     found = eigen(layer)
@@ -253,7 +357,7 @@ def test_a_diagnosis_measures_concentration():
     assert float(one.effective_rank) == pytest.approx(1, abs=1e-4) and float(one.pixel_count) == pytest.approx(1)
     assert float(one.outlier_share) == pytest.approx(1)
     assert torch.isnan(diagnosis(flat, k=2).outlier_share).all()
-    assert "effective rank 8.0" in str(even)
+    assert "effective rank 8.0" in str(even) and "nan" not in str(even)
 
 
 def test_plots_draw_spectra_and_vectors(tmp_path: Path):

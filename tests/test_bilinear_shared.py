@@ -127,6 +127,7 @@ def test_shared_squares_fit_best_in_the_metric_that_was_asked_for():
 def test_shared_squares_print_their_diagnostics():
     text = str(shared_squares(planted()[0], 3, steps=2))
 
+    assert "no other start fits as well" in text
     assert "3 shared squares, metric input" in text and "stopped at the limit of steps" in text
 
 
