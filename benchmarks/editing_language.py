@@ -248,7 +248,7 @@ def page(record: dict[str, Any]) -> str:
                 f"{found['probability']:.3f}",
                 f"{found['damage']:.4f} +- {found['error']:.4f}",
                 f"{100 * found['flipped']:.1f}",
-                f"{found['CPU-seconds']:.0f}" if found["CPU-seconds"] else "",
+                f"{found['CPU-seconds']:.1f}" if found["CPU-seconds"] else "",
             ]
             for method, found in shown(one).items()
         ]
