@@ -274,6 +274,18 @@ def test_only_the_sites_of_the_patterns_are_decomposed(quick: None):
     assert "not decomposed: 0.weight matches none of the given patterns in sites=" in str(decomposition)
 
 
+def test_matrices_that_the_user_left_out_are_one_line(quick: None):
+    model = seeded(nn.Sequential(*(nn.Linear(5, 5) for _ in range(6))))
+
+    decomposition = wd.decompose(model, [sparse(64, 5)], sites=["5"], config=QUICK, progress=False)
+
+    told = [line for line in str(decomposition).splitlines() if "patterns" in line]
+    assert told == [
+        "not decomposed: 5 matrices that match none of the given patterns in sites= (0.weight, 1.weight, 2.weight, ...)"
+    ]
+    assert {one.name for one in decomposition.skipped} >= {f"{i}.weight" for i in range(5)}
+
+
 def test_an_unmet_tolerance_is_a_named_warning_and_part_of_the_result(monkeypatch: pytest.MonkeyPatch, quick: None):
     from weightdecomp import _fit
 

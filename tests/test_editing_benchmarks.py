@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import editing_digits, editing_monitor
+from benchmarks import editing_digits, editing_language, editing_monitor
 from benchmarks.planted import Backdoored
 
 pytestmark = pytest.mark.filterwarnings("ignore::weightdecomp.NumericalWarning")
@@ -46,3 +46,37 @@ def test_the_calibrated_level_parts_what_can_be_parted(monkeypatch: pytest.Monke
     level = editing_monitor.calibrated(None, torch.tensor([3.0, 5.0, 4.0]), torch.tensor([0.5, 2.0]))  # type: ignore[arg-type]
 
     assert level == 2.5
+
+
+def test_a_word_is_looked_for_where_it_comes_next():
+    tokens = torch.tensor([[1, 7, 3, 7, 4], [1, 2, 3, 4, 5], [7, 7, 2, 3, 7]])
+
+    one = editing_language.case((7,), tokens, on=3, off=3)
+
+    places = [(row.tolist(), int(at)) for row, at in zip(*one.on, strict=True)]
+    assert places == [([1, 7, 3, 7, 4], 0), ([1, 7, 3, 7, 4], 2), ([7, 7, 2, 3, 7], 0)]
+    assert one.off[1][1].tolist() == [0, 1, 2, 3]
+    logits = torch.zeros(1, 1, 10)
+    assert float(one.score(logits)) == pytest.approx(0.1)
+
+
+def test_the_best_setting_is_the_least_damage_among_those_that_remove_as_much():
+    scores = [{"probability": p, "damage": d} for p, d in ((0.2, 0.1), (0.05, 0.4), (0.1, 0.3))]
+
+    assert editing_language.best(scores, 0.1)["damage"] == 0.3
+    assert editing_language.best(scores, 0.01)["probability"] == 0.05
+
+
+@pytest.mark.data
+def test_every_method_is_measured_on_a_word(shared_data: Path, tmp_path: Path, quick: None):
+    pytest.importorskip("transformers")
+    pytest.importorskip("matplotlib")
+
+    editing_language.run(tmp_path, shared_data, smoke=True)
+
+    record = json.loads((tmp_path / "language.json").read_text())
+    methods = record["words"]["Lily"]["methods"]
+    assert methods.keys() == {"original", "components", "random components", "fine-tuning", "LoRA, rank 1"}
+    assert methods["original"][0]["damage"] == 0
+    assert "| LoRA, rank 1" in (tmp_path / "language.md").read_text()
+    assert (tmp_path / "language.svg").exists()

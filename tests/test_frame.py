@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -34,6 +36,19 @@ def test_pieces_that_span_the_weights_are_made_exact(n: int, d_in: int, d_out: i
 
     assert_close(fixed.total(), weight, rtol=0, atol=1e-9)
     assert_close(fixed.u if move_v else fixed.v, pieces.u if move_v else pieces.v, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("least", [1e-2, 1e-4, 1e-6])
+def test_nearly_dependent_pieces_are_made_exact_in_single_precision(least: float):
+    """F1. As where the start has singular pairs of all sizes, and steps have moved them."""
+    axes = torch.linalg.qr(drawn(40, 40)).Q
+    u = torch.logspace(0, math.log10(least), 40).double()[:, None] * axes
+    weight = (u.T @ drawn(40, 9, seed=2)).float()
+    moved = (u + 0.01 * u.norm(dim=1, keepdim=True) * drawn(40, 40, seed=3)).float()
+
+    fixed = exact(rank_one_pieces(drawn(40, 9, seed=4).float(), moved), weight, move_v=True)
+
+    assert float((fixed.total() - weight).norm() / weight.norm()) < 2e-5
 
 
 def test_the_correction_is_the_smallest_there_is():

@@ -62,6 +62,16 @@ def test_a_prepared_model_computes_the_same(gpt2: Path, words: list[str], paths:
     assert bool((norm.weight == 1).all()) == ("--fold-norms" in words)
 
 
+def test_another_seed_draws_other_sequences(gpt2: Path):
+    words = ["--hf", gpt2, "--sample", "8", "--length", "5"]
+
+    first, again, other = (list(model_and_batches(given([*words, *more]))[1])
+                           for more in ([], ["--sample-seed", "0"], ["--sample-seed", "1"]))  # fmt: skip
+
+    assert torch.equal(first[0], again[0])
+    assert not torch.equal(first[0], other[0])
+
+
 @pytest.mark.parametrize(
     "words, message",
     [
@@ -75,6 +85,7 @@ def test_a_prepared_model_computes_the_same(gpt2: Path, words: list[str], paths:
         (["--weights", "some.safetensors"], "--weights belongs to --model; the weights of --hf are in its directory"),
         (["--tokenizer", "somewhere"], "--tokenizer belongs to --text"),
         (["--length", "4"], "--length belongs to --text and --sample"),
+        (["--sample-seed", "1"], "--sample-seed belongs to --sample"),
     ],
 )
 def test_flags_that_do_not_go_together_are_refused(gpt2: Path, words: list[str], message: str):

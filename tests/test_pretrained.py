@@ -11,7 +11,7 @@ from torch import nn
 from torch.testing import assert_close
 
 from tests.models import ids
-from weightdecomp import Pretrained, load_hf
+from weightdecomp import Pretrained, decompose, load_hf
 from weightdecomp._forward import masked
 from weightdecomp._pieces import Pieces
 from weightdecomp._sites import find_sites
@@ -175,12 +175,39 @@ def test_a_layer_without_weights_is_refused(copied: Path):
             {"architectures": ["LamaForCausalLM"]},
             r"architectures \['LamaForCausalLM'\], expected the name",
         ),
-        ({"architectures": []}, r"architectures \[\], expected the name of one class"),
+        ({"architectures": []}, r"architectures \[\], expected the name of one model class"),
+        ({"architectures": ["LlamaConfig"]}, r"architectures \['LlamaConfig'\], expected the name of one model class"),
+        (
+            {"architectures": ["GPT2LMHeadModel"]},
+            r"architectures \['GPT2LMHeadModel'\], a class for model_type 'gpt2', but model_type 'llama'; take",
+        ),
     ],
 )
 def test_an_unknown_architecture_is_refused(copied: Path, changes: dict[str, Any], message: str):
     with pytest.raises(ValueError, match=message):
         load_hf(edited_config(copied, **changes))
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"hidden_size": "wide"}, r"config.json' cannot be used \(.*hidden_size.* expected int, got str"),
+        ({"num_attention_heads": 0}, r"config.json' cannot be used \(ZeroDivisionError"),
+        ({"hidden_act": "silly"}, r"no LlamaForCausalLM can be made from '.*config.json' \(KeyError: 'silly'\)"),
+    ],
+)
+def test_settings_that_no_model_has_are_refused(copied: Path, changes: dict[str, Any], message: str):
+    with pytest.raises(ValueError, match=message):
+        load_hf(edited_config(copied, **changes))
+
+
+@pytest.mark.parametrize("content", ["{}", '{"weight_map": []}'])
+def test_an_index_that_names_no_shards_is_refused(copied: Path, content: str):
+    (copied / "model.safetensors").rename(copied / "model-00001-of-00001.safetensors")
+    (copied / "model.safetensors.index.json").write_text(content)
+
+    with pytest.raises(ValueError, match=r"model.safetensors.index.json' has no weight_map"):
+        load_hf(copied)
 
 
 def test_pickled_weights_of_a_directory_are_refused(copied: Path):
@@ -206,8 +233,13 @@ def test_what_is_no_directory_of_a_model_is_refused(tmp_path: Path):
     (tmp_path / "weights.bin").touch()
     with pytest.raises(ValueError, match=r"has no config.json; it holds \['weights.bin'\]"):
         load_hf(tmp_path)
+    with pytest.raises(ValueError, match=r"weights.bin' is a file, expected the directory that holds it: '"):
+        load_hf(tmp_path / "weights.bin")
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(ValueError, match="config.json' is not JSON"):
+        load_hf(tmp_path)
+    (tmp_path / "config.json").write_text("[]")
+    with pytest.raises(ValueError, match="config.json' holds a list, expected a dict"):
         load_hf(tmp_path)
 
 
@@ -216,6 +248,21 @@ def test_a_directory_without_weights_is_refused(copied: Path):
 
     with pytest.raises(ValueError, match="has no weights; expected model.safetensors"):
         load_hf(copied)
+
+
+@pytest.mark.parametrize(
+    "batch, message",
+    [
+        (torch.ones(2, 33, dtype=torch.long), r"the inputs of batches\[0\] have 33 tokens, .* reads at most 32"),
+        ((torch.full((2, 4), 61),), r"batches\[0\] gives token ids outside the model's vocabulary of 61 .*\[61\]"),
+        ({"input_ids": torch.full((2, 4), -1)}, r"outside the model's vocabulary of 61 \(such as \[-1\]"),
+        (torch.ones(8, dtype=torch.long), r"batches\[0\] has token ids of shape \(8,\), expected \(input, position"),
+    ],
+    ids=["too long", "beyond", "negative", "one axis"],
+)
+def test_token_ids_that_the_model_cannot_read_are_refused(llama: Path, batch: Any, message: str):
+    with pytest.raises(ValueError, match=message):
+        decompose(load_hf(llama), [batch])
 
 
 def test_loading_says_nothing_and_draws_no_random_numbers(llama: Path, capsys: pytest.CaptureFixture[str]):

@@ -51,6 +51,14 @@ def test_inputs_that_fill_their_space_have_no_spans():
     assert span_start(Reach(drawn(4, 6, seed=1), rows), rows) is None
 
 
+def test_rows_that_are_only_nearly_parallel_are_no_span_and_end_the_search():
+    """One singular value a hundred times the others, with rows farther from its line than rounding."""
+    lines = torch.eye(6).double()[:2].repeat_interleave(200, 0)
+    rows = lines + 0.005 * drawn(400, 6)
+
+    assert span_start(Reach(drawn(4, 6, seed=1), rows), rows) is None
+
+
 def test_spans_that_share_a_direction_are_no_start():
     """Components could not each answer to their own span alone."""
     axes = torch.eye(3).double()

@@ -69,6 +69,9 @@ def test_a_split_leaves_the_model_alone_and_shares_its_memory():
         ({"0": [("forward", 4), ("k", 4)]}, "a part cannot be called 'forward'; use a word such as 'q'"),
         ({"0": [("a.b", 4), ("k", 4)]}, "a part cannot be called 'a.b'"),
         ({"qkv": ROWS}, r"no linear module at 'qkv'; did you mean one of \['[02]', '[02]'\]"),
+        # Of a dict the first entry alone is checked by its annotation.
+        ({"0": ROWS, "2": ["q", "k"]}, r"split of '2': expected pairs of a name and a number .* got \['q', 'k'\]"),
+        ({"0": ROWS, "2": {"q": 2, "k": 1}}, r"expected pairs .*, as in \[\('q', 64\).* got {'q': 2, 'k': 1}"),
     ],
 )
 def test_a_split_that_does_not_divide_the_matrix_is_refused(rows: Any, message: str):

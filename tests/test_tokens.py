@@ -109,7 +109,7 @@ def test_a_line_beyond_the_context_is_named(text: Path, tmp_path: Path):
     encoder = wd.load_hf(tokenizer_in(tmp_path / "bert"))
     text.write_text("the cat\n\n" + "mat " * CONTEXT)
 
-    with pytest.raises(ValueError, match=rf"line 3 of '.*' has {CONTEXT + 1} tokens, but the model reads at most 32"):
+    with pytest.raises(ValueError, match=rf"line 3 of '.*', .* has {CONTEXT + 1} tokens, .* at most 32"):
         wd.text_batches(encoder, text)
 
 
@@ -129,20 +129,35 @@ def test_a_text_that_cannot_be_used_is_refused(model: wd.Pretrained, text: Path,
         wd.text_batches(model, text, length=8)
 
 
-def test_a_missing_text_is_named(model: wd.Pretrained, tmp_path: Path):
-    with pytest.raises(ValueError, match="there is no file '.*nowhere.txt'"):
-        wd.text_batches(model, tmp_path / "nowhere.txt")
+def test_a_missing_text_is_named(model: wd.Pretrained, text: Path, tmp_path: Path):
+    with pytest.raises(ValueError, match=r"there is no file '.*texts.txt'; did you mean one of \['.*text.txt'\]"):
+        wd.text_batches(model, tmp_path / "texts.txt")
+    with pytest.raises(ValueError, match="is a directory, expected a text file"):
+        wd.text_batches(model, tmp_path)
 
 
-def test_a_tokenizer_of_another_model_is_refused(model: wd.Pretrained, text: Path, tmp_path: Path):
+def test_a_tokenizer_of_another_model_is_refused_whatever_the_text(model: wd.Pretrained, text: Path, tmp_path: Path):
     other = tokenizer_in(tmp_path / "other", 200)
-    text.write_text("word150 word150 word12 word199 the " * 8)
 
-    message = (
-        r"with the tokenizer in '.*other' gives token ids outside the model's vocabulary of 61 \(such as \[150, 199"
-    )
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=r"tokenizer in '.*other' has 200 tokens, but the model's vocabulary is 61"):
         wd.text_batches(model, text, length=8, tokenizer_from=other)
+
+
+def test_tokens_added_beyond_the_model_are_refused_where_they_are_used(
+    model: wd.Pretrained, text: Path, tmp_path: Path
+):
+    from tokenizers import Tokenizer
+
+    folder = tokenizer_in(tmp_path / "own", VOCABULARY)
+    made = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    made.add_tokens(["<pad>"])
+    made.save(str(folder / "tokenizer.json"))
+
+    assert wd.text_batches(model, text, length=8, tokenizer_from=folder)
+    text.write_text("the <pad> " * 8)
+    message = r"with the tokenizer in '.*own' gives token ids outside the model's vocabulary of 61 \(such as \[61\]"
+    with pytest.raises(ValueError, match=message):
+        wd.text_batches(model, text, length=8, tokenizer_from=folder)
 
 
 def test_a_directory_without_a_tokenizer_is_refused(text: Path, tmp_path: Path):
@@ -216,6 +231,11 @@ def test_a_file_that_is_no_array_is_refused(model: wd.Pretrained, tmp_path: Path
     np.save(path, np.array([{}], dtype=object), allow_pickle=True)
     with pytest.raises(ValueError, match="ids.npy' is no whole .npy file of numbers .* use numpy.save"):
         wd.token_batches(model, path)
+    path.write_text("12 13 14")
+    with pytest.raises(ValueError, match="ids.npy' is no .npy file; write one with numpy.save, or give a text as --te"):
+        wd.token_batches(model, path)
+    with pytest.raises(ValueError, match="is a directory, expected a .npy file"):
+        wd.token_batches(model, tmp_path)
     path.write_bytes(b"\x93NUMPY")
     with pytest.raises(ValueError, match="ids.npy' is no whole .npy file of numbers"):
         wd.token_batches(model, path)
@@ -253,7 +273,7 @@ def test_what_cannot_be_sampled_is_refused(model: wd.Pretrained, tmp_path: Path)
     own = Calls(lambda m, x: m.table(x), table=nn.Embedding(3, 3)).eval()
     saved("bert", tmp_path)
 
-    with pytest.raises(ValueError, match="names no token that begins a text"):
+    with pytest.raises(ValueError, match="a Calls says nowhere which token begins a text .*; give it as start= from"):
         wd.sampled_batches(own, 2)
     with pytest.raises(ValueError, match="the number of sequences must be at least 1, got 0"):
         wd.sampled_batches(model, 0, length=4)

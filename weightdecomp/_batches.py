@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from weightdecomp._pretrained import Pretrained
 from weightdecomp._processes import Processes
 
 Batch = Any  # a tensor, a tuple of positional arguments, or a dict of keyword arguments
@@ -75,6 +76,8 @@ def _checked(batch: Batch, index: int, model: nn.Module) -> Batch:
             raise ValueError(f"batches[{index}] and the model are on the meta device, which holds no values; load them")
         if x.is_floating_point() and not torch.isfinite(x).all():
             raise ValueError(f"batches[{index}] contains NaN or infinity; drop or repair those inputs")
+    if isinstance(model, Pretrained):
+        model.check_batch(batch, f"batches[{index}]")
     return _mapped(batch, torch.Tensor.detach)
 
 
@@ -84,7 +87,8 @@ def read_batches(batches: Iterable[Batch], model: nn.Module) -> list[Batch]:
     A collection (list, DataLoader) is read whole; an iterator, which may be endless, up to 32,768 inputs.
 
     Raises:
-        ValueError: For no batches, empty ones, NaN or infinity, or another device than the model's.
+        ValueError: For no batches, empty ones, NaN or infinity, another device than the model's, or token ids that a
+            `Pretrained` model cannot read.
         TypeError: For something that is not batches.
     """
     if isinstance(batches, Tensor | Mapping):

@@ -99,4 +99,14 @@ def _called(model: nn.Module, batch: Batch, what: str, fix: str) -> Any:
     try:
         return call(model, batch)
     except (RuntimeError, TypeError, ValueError, IndexError, AssertionError) as error:
-        raise ValueError(f"{what}: {error}; {fix}") from error
+        ids = _integers(batch) if isinstance(error, IndexError) else ""
+        raise ValueError(f"{what}: {error}{ids}; {fix}") from error
+
+
+def _integers(batch: Batch) -> str:
+    """What integers a batch has, where an embedding has no row for one."""
+    found = [x for x in tensors(batch) if not x.is_floating_point() and x.numel()]
+    if not found:
+        return ""
+    least, largest = min(int(x.min()) for x in found), max(int(x.max()) for x in found)
+    return f" (token ids beyond the vocabulary? the integers in it go from {least} to {largest})"

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from weightdecomp._pieces import Pieces
 
+_CLEAR = 1e-2  # smallest over largest entry of a factorisation's diagonal from which float32 keeps a sum to 1e-5
 _FLOOR = 1e-4  # least relative power of an input direction, so that hardly used ones do not run away
 
 
@@ -32,20 +33,40 @@ class _LeastSquares(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, factor: Tensor, missing: Tensor) -> Tensor:
-        gram = factor.T @ factor
-        gram.diagonal().add_(torch.finfo(gram.dtype).eps * gram.diagonal().mean())
-        lower = torch.linalg.cholesky(gram)
-        inner = torch.cholesky_solve(missing, lower)
-        ctx.save_for_backward(factor, lower, inner)
-        return factor @ inner
+        lower = _factorised(factor)
+        precise = factor.to(lower)
+        inner = torch.cholesky_solve(missing.to(lower), lower)
+        ctx.save_for_backward(precise, lower, inner)
+        return (precise @ inner).to(factor)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
-        (factor, lower, inner), grad = ctx.saved_tensors, grads[0]
+        (factor, lower, inner), grad = ctx.saved_tensors, grads[0].to(ctx.saved_tensors[0])
         by_missing = torch.cholesky_solve(factor.T @ grad, lower)
         # d(gram) = -by_missing inner^T; that the ridge too depends on the factor is below rounding.
         by_gram = by_missing @ inner.T
-        return grad @ inner.T - factor @ (by_gram + by_gram.T), by_missing
+        by_factor = grad @ inner.T - factor @ (by_gram + by_gram.T)
+        return by_factor.to(grads[0]), by_missing.to(grads[0])
+
+
+def _factorised(factor: Float[Tensor, "piece d"]) -> Float[Tensor, "d d"]:
+    """The Cholesky factor of F^T F, in float64 where pieces so nearly depend on one another that float32 loses the sum.
+
+    Raises:
+        torch.linalg.LinAlgError: If they depend on one another even then, and cannot write all of the weights.
+    """
+    lower, failed = torch.linalg.cholesky_ex(_gram(factor))
+    sizes = lower.diagonal()
+    if failed or sizes.min() < _CLEAR * sizes.max():
+        return torch.linalg.cholesky(_gram(factor.double()))
+    return lower
+
+
+def _gram(factor: Float[Tensor, "piece d"]) -> Float[Tensor, "d d"]:
+    """F^T F with a ridge of rounding's size."""
+    gram = factor.T @ factor
+    gram.diagonal().add_(torch.finfo(gram.dtype).eps * gram.diagonal().mean())
+    return gram
 
 
 def conditioning(factor: Float[Tensor, "piece d"]) -> float:

@@ -35,6 +35,7 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     data.add_argument("--text", type=Path, metavar="FILE", help="UTF-8 text, cut into inputs of --length tokens")
     data.add_argument("--tokens", type=Path, metavar="FILE", help=".npy file of token ids, one row an input")
     data.add_argument("--sample", type=int, metavar="N", help="N sequences that the language model writes itself")
+    parser.add_argument("--sample-seed", type=int, metavar="N", help=_SAMPLE_SEED)
     parser.add_argument("--length", type=int, metavar="N", help=f"tokens an input, of --text and --sample ({_LENGTH})")
     parser.add_argument("--tokenizer", type=Path, metavar="DIR", help="for --text; default: the --hf directory's own")
 
@@ -113,7 +114,7 @@ def _batches(given: argparse.Namespace, model: nn.Module) -> Iterable[Batch]:
     if given.tokens is not None:
         return token_batches(model, given.tokens)
     if given.sample is not None:
-        return sampled_batches(model, given.sample, length=length)
+        return sampled_batches(model, given.sample, length=length, seed=given.sample_seed or 0)
     return loaded_batches(given.data)
 
 
@@ -142,6 +143,8 @@ def _check_pairs(given: argparse.Namespace) -> None:
         raise ValueError("--weights belongs to --model; the weights of --hf are in its directory")
     if given.tokenizer is not None and given.text is None:
         raise ValueError("--tokenizer belongs to --text")
+    if given.sample_seed is not None and given.sample is None:
+        raise ValueError("--sample-seed belongs to --sample")
     if given.length is not None and given.text is None and given.sample is None:
         raise ValueError("--length belongs to --text and --sample")
 
@@ -149,5 +152,6 @@ def _check_pairs(given: argparse.Namespace) -> None:
 _MODEL = "function or class that makes the model, called without arguments, as in package.module:factory"
 _WEIGHTS = "of --model: safetensors, or a state_dict of torch.save; default: the factory's own"
 _DATA = "function that returns batches of sample inputs, called without arguments"
+_SAMPLE_SEED = "of --sample (0); with another one `verify` has sequences that the run has not seen"
 _SPLIT = "fused matrices as separate sites: those of known layout, or by numbers of rows, (q:8,k:8,v:8)*4 for 4 heads"
 _VOCABULARY = "labels of tokens: directory of a tokenizer, or JSON of texts by id; default: the --hf directory's own"

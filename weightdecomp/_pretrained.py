@@ -1,8 +1,7 @@
 """Pretrained models: Hugging Face directories as modules that return one tensor, under the checkpoint's own names."""
 
 import inspect
-import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,8 +13,9 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from weightdecomp._divergence import output_tensor
+from weightdecomp._hf_files import check_report, check_weights, configuration, model_class, pooling, told
 
-_LISTED = 5  # names in one message
+_LISTED = 5  # ids in one message
 
 
 class Pretrained(nn.Module):
@@ -53,6 +53,49 @@ class Pretrained(nn.Module):
 
         return type(self.inner).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
 
+    @property
+    def context(self) -> int | None:
+        """Most positions that the configuration allows; None where it does not say."""
+        return getattr(self.config, "max_position_embeddings", None)
+
+    def check_length(self, length: int, what: str) -> None:
+        """Refuse inputs that are longer than the context.
+
+        Raises:
+            ValueError: With both numbers.
+        """
+        if self.context is not None and length > self.context:
+            raise ValueError(f"{what} {length} tokens, but the model reads at most {self.context}; give fewer")
+
+    def check_ids(self, ids: Tensor, what: str) -> None:
+        """Refuse token ids that there is no embedding for.
+
+        Raises:
+            ValueError: With some of them.
+        """
+        size = self.inner.get_input_embeddings().weight.shape[0]
+        wrong = ids[(ids < 0) | (ids >= size)].unique()
+        if len(wrong):
+            raise ValueError(
+                f"{what} gives token ids outside the model's vocabulary of {size} (such as "
+                f"{wrong[:_LISTED].tolist()}); the tokenizer and the model must belong together"
+            )
+
+    def check_batch(self, batch: Any, what: str) -> None:
+        """Refuse a batch of token ids that the model cannot read.
+
+        Raises:
+            ValueError: For ids without an axis of positions, outside the vocabulary, or more than the context.
+        """
+        named = batch if isinstance(batch, Mapping) else {"input_ids": batch if isinstance(batch, Tensor) else batch[0]}
+        ids = named.get("input_ids")
+        if self.inner.main_input_name != "input_ids" or not isinstance(ids, Tensor) or ids.is_floating_point():
+            return
+        if ids.ndim != 2:
+            raise ValueError(f"{what} has token ids of shape {tuple(ids.shape)}, expected (input, position)")
+        self.check_length(ids.shape[1], f"the inputs of {what} have")
+        self.check_ids(ids, what)
+
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """What the inner model returns for the same arguments: logits (*batch, class), or embeddings."""
         output = output_tensor(self.inner(*args, **self._options, **kwargs))
@@ -88,10 +131,10 @@ def load_hf(directory: str | Path, *, dtype: torch.dtype = torch.float32) -> Pre
         ImportError: If `transformers` is not installed.
     """
     folder = Path(directory)
-    config = _configuration(folder)
-    _check_weights(folder)
-    pooling, normalised = _pooling(folder)
-    kind = _model_class(config, folder)
+    config = configuration(folder)
+    check_weights(folder)
+    pooled, normalised = pooling(folder)
+    kind = model_class(config, folder)
     try:
         with _quiet(), torch.random.fork_rng(devices=[]):
             model, report = kind.from_pretrained(
@@ -105,115 +148,13 @@ def load_hf(directory: str | Path, *, dtype: torch.dtype = torch.float32) -> Pre
                 output_loading_info=True,
             )
     except (OSError, SafetensorError, RuntimeError) as error:
-        raise ValueError(f"the weights in '{folder}' cannot be read: {error}") from error
-    _check_report(report, kind.__name__, folder)
-    return Pretrained(model, folder, pooling, normalised).eval()
-
-
-def _transformers() -> Any:
-    try:
-        import transformers
-    except ImportError as error:
-        raise ImportError("Hugging Face directories need transformers: pip install 'weightdecomp[hf]'") from error
-    return transformers
-
-
-def _configuration(folder: Path) -> Any:
-    """The configuration in a directory, by a class that transformers has."""
-    if not folder.is_dir():
-        raise ValueError(f"there is no directory '{folder}'; give a local one, as nothing is downloaded")
-    if not (folder / "config.json").exists():
-        found = sorted(path.name for path in folder.iterdir())
-        raise ValueError(f"'{folder}' has no config.json; it holds {found[:_LISTED] or 'nothing'}")
-    document = _json(folder / "config.json")
-    transformers = _transformers()
-    if document.get("model_type") not in transformers.CONFIG_MAPPING:
+        raise ValueError(f"the weights in '{folder}' cannot be read: {error}; copy them again") from error
+    except Exception as error:  # what settings that do not go together make the class raise has no bound
         raise ValueError(
-            f"'{folder}/config.json' has model_type {document.get('model_type')!r}, which transformers "
-            f"{transformers.__version__} does not have; load the model by --model and --weights"
-        )
-    return transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-
-
-def _json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_bytes())
-    except ValueError as error:
-        raise ValueError(f"'{path}' is not JSON ({error}); restore the file") from error
-
-
-def _model_class(config: Any, folder: Path) -> Any:
-    transformers = _transformers()
-    names = config.architectures or []
-    if len(names) != 1 or not hasattr(transformers, names[0]):
-        raise ValueError(
-            f"'{folder}/config.json' has architectures {names}, expected the name of one class of transformers "
-            f"{transformers.__version__}; load the model by --model and --weights"
-        )
-    return getattr(transformers, names[0])
-
-
-def _check_weights(folder: Path) -> None:
-    """Refuse a directory whose safetensors are missing, in part or altogether."""
-    index = folder / "model.safetensors.index.json"
-    if index.exists():
-        shards = sorted(set(_json(index).get("weight_map", {}).values()))
-        missing = [shard for shard in shards if not (folder / shard).exists()]
-        if missing:
-            raise ValueError(f"'{folder}' lacks {_some(missing)} of {len(shards)} shards; copy them there")
-    elif not (folder / "model.safetensors").exists():
-        pickled = sorted(path.name for ending in ("*.bin", "*.pt", "*.pth", "*.ckpt") for path in folder.glob(ending))
-        why = f"only pickled weights ({_some(pickled)}), which are never loaded" if pickled else "no weights"
-        raise ValueError(
-            f"'{folder}' has {why}; expected model.safetensors, or its shards and model.safetensors.index.json "
-            "(save_pretrained of transformers writes them)"
-        )
-
-
-def _check_report(report: dict[str, Any], kind: str, folder: Path) -> None:
-    """Refuse a model that would keep random weights, or a checkpoint of which a part goes unused."""
-    shapes = [f"{name} is {tuple(came)}, expected {tuple(own)}" for name, came, own in report["mismatched_keys"]]
-    complaints = [
-        f"{what}: {_some(sorted(names))}"
-        for what, names in (
-            ("missing", report["missing_keys"]),
-            ("unexpected", report["unexpected_keys"]),
-            ("of another shape", shapes),
-        )
-        if names
-    ]
-    if complaints:
-        raise ValueError(
-            f"the weights in '{folder}' are not those of the {kind} in config.json ({'; '.join(complaints)}); "
-            "take both files from one checkpoint"
-        )
-
-
-def _some(names: list[str]) -> str:
-    more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
-    return ", ".join(names[:_LISTED]) + more
-
-
-def _pooling(folder: Path) -> tuple[str | None, bool]:
-    """How a directory of sentence-transformers makes one embedding of all positions, and whether of length one."""
-    if not (folder / "modules.json").exists():
-        return None, False
-    kinds = {entry["type"].split(".")[-1]: entry["path"] for entry in _json(folder / "modules.json")}
-    others = sorted(kinds.keys() - {"Transformer", "Pooling", "Normalize"})
-    settings = _json(folder / kinds["Pooling"] / "config.json") if "Pooling" in kinds else {}
-    # Files name modes by flags or, since sentence-transformers 5.5, by one word.
-    modes = {name.removeprefix("pooling_mode_") for name, on in settings.items() if on is True} | {
-        settings.get("pooling_mode")
-    }
-    found = {"mean_tokens": "mean", "mean": "mean", "cls_token": "first", "cls": "first"}
-    chosen = [found[mode] for mode in modes if mode in found]
-    wrong = sorted(str(mode) for mode in modes if mode not in found and mode not in (None, "include_prompt"))
-    if others or wrong or len(chosen) != 1:
-        raise ValueError(
-            f"'{folder}' is a sentence encoder with {others or wrong or 'no pooling'}, expected pooling by mean or by "
-            "first token and then at most Normalize; load it by --model with a module of your own"
-        )
-    return chosen[0], "Normalize" in kinds
+            f"no {kind.__name__} can be made from '{folder}/config.json' ({told(error)}); restore the file"
+        ) from error
+    check_report(report, kind.__name__, folder)
+    return Pretrained(model, folder, pooled, normalised).eval()
 
 
 @contextmanager

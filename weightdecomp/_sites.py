@@ -19,6 +19,8 @@ from torch.overrides import TorchFunctionMode
 from weightdecomp._batches import Batch, call, select, tensors
 from weightdecomp._batches import size as n_inputs
 
+NO_PATTERN = "matches none of the given patterns in sites="
+"""Why a matrix that the user left out is not decomposed."""
 _HALF = (torch.float16, torch.bfloat16)
 _WIDEST = 8192  # numbers in a site's input row, whose second moment is diagonalised
 
@@ -357,7 +359,7 @@ def find_sites(
         if reason is None and len(set(shapes[path])) > 1:
             reason = "belongs to a module called with several input shapes in one forward; split it in two modules"
         if reason is None and path not in chosen:
-            reason = "matches none of the given patterns in sites="
+            reason = NO_PATTERN
         covered.add(name)
         if reason is not None:
             skipped.append(Skipped(name, reason))

@@ -11,7 +11,7 @@ _SAMPLE = 4096  # rows that spans are sought among
 _AGREEMENT = 0.9  # |cosine| of rows from which the dimension of their span is read
 _DIMENSIONS = 4  # of a span at most
 _FLAT = 0.01  # share of a row, or of a cone's largest singular value, that counts as none
-_STRAY = 0.05  # share of the rows that may lie in no span, else spans are no description of them
+_STRAY = 0.05  # share of the rows, or of a cone, that may lie in no span, else spans are no description of them
 
 
 def span_start(reach: Reach, rows: Float[Tensor, "row d"]) -> tuple[Pieces, Float[Tensor, "dimension d"]] | None:
@@ -51,11 +51,16 @@ def _spans(unit: Float[Tensor, "row d"]) -> list[Float[Tensor, "dimension d"]]:
     left = torch.ones(len(unit), dtype=torch.bool, device=unit.device)
     density, found = near.sum(1), list[Tensor]()
     while left.any():
-        cone = unit[near[int(density.where(left, 0).argmax())] & left]
+        inside = near[int(density.where(left, 0).argmax())] & left
+        cone = unit[inside]
         _, sizes, right = torch.linalg.svd(cone, full_matrices=False)
         dimension = int((sizes > _FLAT * sizes[0]).sum())
-        if dimension > _DIMENSIONS or len(cone) < 2 * dimension:
+        span = right[:dimension]
+        outside = (unit - unit @ span.T @ span).norm(dim=1) > _FLAT
+        # Rows that are nearly parallel have one large singular value, and yet lie in no line.
+        stray = float(outside[inside].float().mean())
+        if dimension > _DIMENSIONS or len(cone) < 2 * dimension or stray > _STRAY:
             return found if int(left.sum()) < _STRAY * len(unit) else []
-        found.append(right[:dimension])
-        left &= (unit - unit @ found[-1].T @ found[-1]).norm(dim=1) > _FLAT
+        found.append(span)
+        left &= outside
     return found

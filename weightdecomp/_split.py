@@ -186,10 +186,16 @@ def _asked(model: nn.Module, rows: Mapping[str, Rows]) -> Iterator[tuple[str, nn
             yield path, Split(linear[path], own)
 
 
-def _check(path: str, rows: Rows, module: nn.Module) -> None:
+def _check(path: str, rows: Any, module: nn.Module) -> None:
     """Refuse rows that do not divide the matrix into named parts."""
     fused = matrix(module)
     assert fused is not None
+    pairs = isinstance(rows, Sequence) and all(isinstance(one, tuple | list) and len(one) == 2 for one in rows)
+    if not pairs or not all(isinstance(name, str) for name, _ in rows):
+        raise ValueError(
+            f"split of {path!r}: expected pairs of a name and a number of rows, as in [('q', 64), ('k', 32)], got "
+            f"{rows!r}"
+        )
     told = ", ".join(f"{name} {size}" for name, size in rows[:6]) + (", ..." if len(rows) > 6 else "")
     if any(isinstance(size, bool) or not isinstance(size, int) or size < 1 for _, size in rows):
         raise ValueError(f"split of {path!r}: numbers of rows must be whole and at least 1, got {told}")

@@ -3,9 +3,12 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from weightdecomp._sites import NO_PATTERN
+
 if TYPE_CHECKING:
     from weightdecomp._decomposition import Decomposition
 
+_LISTED = 3  # names of matrices that the user left out
 _SMALL = 0.05  # a circuit is listed as frequent above this
 
 
@@ -55,7 +58,15 @@ def summary(decomposition: "Decomposition") -> str:
         f"circuits     {live} live of {len(decomposition.groups)}",
     ]
     matrices = [one for one in decomposition.skipped if "vector" not in one.reason]
-    lines += [f"not decomposed: {one.name} {one.reason}" for one in matrices]
+    others = [one.name for one in matrices if one.reason == NO_PATTERN]
+    if len(others) == 1:
+        lines.append(f"not decomposed: {others[0]} {NO_PATTERN}")
+    elif others:
+        shown = ", ".join(others[:_LISTED]) + (", ..." if len(others) > _LISTED else "")
+        lines.append(
+            f"not decomposed: {len(others)} matrices that match none of the given patterns in sites= ({shown})"
+        )
+    lines += [f"not decomposed: {one.name} {one.reason}" for one in matrices if one.reason != NO_PATTERN]
     vectors = len(decomposition.skipped) - len(matrices)
     if vectors:
         lines.append(f"not decomposed: {vectors} vectors (biases and gains), kept as in the target")

@@ -11,7 +11,9 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
+from weightdecomp._hf_files import check_directory
 from weightdecomp._pretrained import Pretrained
+from weightdecomp._storage import nearest
 
 _TOKENIZERS = (
     "tokenizer.json",
@@ -22,7 +24,7 @@ _TOKENIZERS = (
     "sentencepiece.bpe.model",
 )
 _INPUTS = 64  # inputs in a batch
-_LISTED = 5
+_NUMPY = b"\x93NUMPY"  # what every .npy file starts with
 
 
 def tokenizer(directory: str | Path) -> Any:
@@ -33,8 +35,7 @@ def tokenizer(directory: str | Path) -> Any:
         ImportError: If `transformers` is not installed.
     """
     folder = Path(directory)
-    if not folder.is_dir():
-        raise ValueError(f"there is no directory '{folder}'; give a local one, as nothing is downloaded")
+    check_directory(folder)
     if not has_tokenizer(folder):
         raise ValueError(
             f"'{folder}' has no tokenizer, which is one of {', '.join(_TOKENIZERS)}; give the directory of one as "
@@ -79,16 +80,17 @@ def text_batches(
     directory = _tokenizer_directory(model, tokenizer_from)
     made = tokenizer(directory)
     text = _text(Path(path))
+    _check_vocabulary(model, made, directory)
     if isinstance(model, Pretrained) and not model.causal:
         return _lines(model, made, text, path)
-    check_length(model, length)
+    _check_length(model, length)
     lead = made("", verbose=False)["input_ids"]
     found = made(text, add_special_tokens=False, verbose=False)["input_ids"]
     if len(found) < (own := length - len(lead)) or own < 1:
         raise ValueError(f"'{path}' has {len(found)} tokens, fewer than one input of {length}; give more text")
     rows = torch.tensor(found[: len(found) // own * own]).reshape(-1, own)
     rows = torch.cat([torch.tensor(lead, dtype=torch.long).expand(len(rows), -1), rows], 1)
-    check_ids(model, rows, f"'{path}' with the tokenizer in '{directory}'")
+    _check_ids(model, rows, f"'{path}' with the tokenizer in '{directory}'")
     return list(rows.split(_INPUTS))
 
 
@@ -102,9 +104,28 @@ def _tokenizer_directory(model: nn.Module, given: str | Path | None) -> str | Pa
     )
 
 
-def _text(path: Path) -> str:
+def _check_vocabulary(model: nn.Module, made: Any, directory: str | Path) -> None:
+    """Refuse a tokenizer that knows more pieces than the model, even if the text at hand needs none of those."""
+    if not isinstance(model, Pretrained):
+        return
+    # Tokens added later, such as one for padding, may lie beyond a model that never sees them.
+    known, size = made.vocab_size, model.inner.get_input_embeddings().weight.shape[0]
+    if known > size:
+        raise ValueError(
+            f"the tokenizer in '{directory}' has {known} tokens, but the model's vocabulary is {size}; the tokenizer "
+            "and the model must belong together"
+        )
+
+
+def _check_file(path: Path, expected: str) -> None:
+    if path.is_dir():
+        raise ValueError(f"'{path}' is a directory, expected {expected}")
     if not path.is_file():
-        raise ValueError(f"there is no file '{path}'")
+        raise ValueError(f"there is no file '{path}'{nearest(path)}")
+
+
+def _text(path: Path) -> str:
+    _check_file(path, "a text file")
     try:
         text = path.read_bytes().decode()
     except UnicodeDecodeError as error:
@@ -121,17 +142,12 @@ def _lines(model: Pretrained, made: Any, text: str, path: str | Path) -> list[di
     """One input a line, padded at its end."""
     lines = [(number, line) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
     found = made([line for _, line in lines], verbose=False)["input_ids"]
-    context = _context(model)
     for (number, _), ids in zip(lines, found, strict=True):
-        if context is not None and len(ids) > context:
-            raise ValueError(
-                f"line {number} of '{path}' has {len(ids)} tokens, but the model reads at most {context}; "
-                "every line is one input, so break it"
-            )
+        model.check_length(len(ids), f"line {number} of '{path}', which is one input, has")
     longest = max(map(len, found))
     rows = torch.tensor([ids + [made.pad_token_id or 0] * (longest - len(ids)) for ids in found])
     mask = torch.tensor([[1] * len(ids) + [0] * (longest - len(ids)) for ids in found])
-    check_ids(model, rows, f"'{path}'")
+    _check_ids(model, rows, f"'{path}'")
     pairs = zip(rows.split(_INPUTS), mask.split(_INPUTS), strict=True)
     return [{"input_ids": ids, "attention_mask": ones} for ids, ones in pairs]
 
@@ -143,8 +159,10 @@ def token_batches(model: nn.Module, path: str | Path) -> list[Int64[Tensor, "bat
         ValueError: If the file is no array of integers (input, position), or the model cannot take its ids.
     """
     file = Path(path)
-    if not file.is_file():
-        raise ValueError(f"there is no file '{file}'")
+    _check_file(file, "a .npy file")
+    with file.open("rb") as stream:
+        if stream.read(len(_NUMPY)) != _NUMPY:
+            raise ValueError(f"'{file}' is no .npy file; write one with numpy.save, or give a text as --text")
     try:
         array = np.load(file, allow_pickle=False)
     except (ValueError, EOFError, OSError) as error:
@@ -153,8 +171,8 @@ def token_batches(model: nn.Module, path: str | Path) -> list[Int64[Tensor, "bat
         came = f"{array.dtype} {array.shape}" if isinstance(array, np.ndarray) else type(array).__name__
         raise ValueError(f"'{file}' holds {came}, expected integers (input, position)")
     rows = torch.from_numpy(array.astype(np.int64))
-    check_length(model, rows.shape[1], f"the rows of '{file}' have")
-    check_ids(model, rows, f"'{file}'")
+    _check_length(model, rows.shape[1], f"the rows of '{file}' have")
+    _check_ids(model, rows, f"'{file}'")
     return list(rows.split(_INPUTS))
 
 
@@ -175,19 +193,23 @@ def sampled_batches(
     Raises:
         ValueError: If there is no first token, or numbers are out of range.
     """
-    check_length(model, length)
+    _check_length(model, length)
     if n < 1:
         raise ValueError(f"the number of sequences must be at least 1, got {n}")
+    if isinstance(model, Pretrained) and not model.causal:
+        raise ValueError(f"a {type(model.inner).__name__} is no causal language model; give it text or tokens")
     if start is None:
         start = model.config.bos_token_id if isinstance(model, Pretrained) else None
     if start is None:
-        raise ValueError("the configuration names no token that begins a text (bos_token_id); give one (start)")
-    if isinstance(model, Pretrained) and not model.causal:
-        raise ValueError(f"a {type(model.inner).__name__} is no causal language model; give it text or tokens")
+        kind = type(model.inner if isinstance(model, Pretrained) else model).__name__
+        raise ValueError(
+            f"a {kind} says nowhere which token begins a text (bos_token_id in config.json does); give it as start= "
+            "from Python, or token ids as --tokens"
+        )
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     rng = torch.Generator(device=device).manual_seed(seed)
     first = torch.full((n, 1), start, device=device)
-    check_ids(model, first, "start")
+    _check_ids(model, first, "start")
     return [_continued(model, rows, length, rng) for rows in first.split(_INPUTS)]
 
 
@@ -199,28 +221,13 @@ def _continued(model: nn.Module, rows: Tensor, length: int, rng: torch.Generator
     return rows
 
 
-def check_length(model: nn.Module, length: int, what: str = "inputs would have") -> None:
-    """Refuse inputs that are longer than the model's context, where its configuration has one."""
-    context = _context(model)
+def _check_length(model: nn.Module, length: int, what: str = "inputs would have") -> None:
     if length < 1:
         raise ValueError(f"length must be at least 1, got {length}")
-    if context is not None and length > context:
-        raise ValueError(f"{what} {length} tokens, but the model reads at most {context}; give fewer")
+    if isinstance(model, Pretrained):
+        model.check_length(length, what)
 
 
-def check_ids(model: nn.Module, rows: Tensor, what: str) -> None:
-    """Refuse token ids that a `Pretrained` model has no embedding for."""
-    if not isinstance(model, Pretrained):
-        return
-    size = model.inner.get_input_embeddings().weight.shape[0]
-    wrong = rows[(rows < 0) | (rows >= size)].unique()
-    if len(wrong):
-        raise ValueError(
-            f"{what} gives token ids outside the model's vocabulary of {size} (such as {wrong[:_LISTED].tolist()}); "
-            "the tokenizer and the model must belong together"
-        )
-
-
-def _context(model: nn.Module) -> int | None:
-    """The number of positions that a model's configuration allows."""
-    return getattr(model.config, "max_position_embeddings", None) if isinstance(model, Pretrained) else None
+def _check_ids(model: nn.Module, rows: Tensor, what: str) -> None:
+    if isinstance(model, Pretrained):
+        model.check_ids(rows, what)

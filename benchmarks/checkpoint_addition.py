@@ -1,0 +1,266 @@
+"""A transformer that grokked (a + b) mod 113: components beside the Fourier planes that it is known to use."""
+
+import math
+import time
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+import weightdecomp as wd
+from benchmarks.report import provenance, spread, table, write, write_json
+from benchmarks.trap_parts import rows_of
+from benchmarks.trap_run import ORACLE, OURS, RANDOM, _random, components_of
+from weightdecomp import baselines
+from weightdecomp._divergence import named
+from weightdecomp._sites import Site, find_sites
+from weightdecomp.baselines import Data, Fitted, effect_matching, protocols
+from weightdecomp.baselines._ours import as_fitted
+from weightdecomp.baselines._weights import components
+
+MODULUS = 113
+SITES = ["embed", "block.mlp_in", "block.mlp_out", "unembed"]
+ROTATED = "singular pairs, rotated to few neurons"
+_PLAIN = {"singular pairs": baselines.SVD(), "neurons": baselines.Neurons()}
+
+
+class Settings(NamedTuple):
+    """What is run.
+
+    Attributes:
+        seeds: Of the decomposition and of the order of inputs.
+        scored: Pairs that are not decomposed on, to score on.
+        attack: Steps of the longest attack of the verification.
+        config: Of the decomposition.
+    """
+
+    seeds: int = 2
+    scored: int = 512
+    attack: int = 40
+    config: wd.Config | None = None
+
+
+SMOKE = Settings(1, 64, 2, wd.Config(steps=1, batch=16, sample=64, rounds=1))
+
+
+class Block(nn.Module):
+    """Attention and MLP, of which only the last position is read."""
+
+    def __init__(self, d: int, heads: int, d_mlp: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.q, self.k, self.v, self.o = (nn.Linear(d, d) for _ in range(4))
+        self.mlp_in, self.mlp_out = nn.Linear(d, d_mlp), nn.Linear(d_mlp, d)
+
+    def forward(self, stream: Float[Tensor, "pair position d"]) -> Float[Tensor, "pair d"]:
+        """The stream at the last position, which sees all."""
+        q, k, v = (part(stream).unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in (self.q, self.k, self.v))
+        mixed = F.scaled_dot_product_attention(q[:, :, -1:], k, v)[:, :, 0]
+        last = stream[:, -1] + self.o(mixed.flatten(1))
+        return last + self.mlp_out(self.mlp_in(last).relu())
+
+
+class Adder(nn.Module):
+    """Numbers a, b and the sign of equality to logits of the sum."""
+
+    def __init__(self, vocabulary: int = MODULUS + 1, d: int = 128, heads: int = 4, d_mlp: int = 512) -> None:
+        super().__init__()
+        self.embed, self.unembed = nn.Embedding(vocabulary, d), nn.Linear(d, vocabulary)
+        self.pos, self.block = nn.Parameter(torch.zeros(3, d)), Block(d, heads, d_mlp)
+
+    def forward(self, tokens: Int[Tensor, "pair position"]) -> Float[Tensor, "pair token"]:
+        """Logits at the last position."""
+        return self.unembed(self.block(self.embed(tokens) + self.pos))
+
+
+def loaded(folder: Path) -> Adder:
+    """The checkpoint."""
+    weights = load_file(folder / "model.safetensors")
+    model = Adder()
+    model.load_state_dict({name.replace("blocks.0.", "block."): x for name, x in weights.items()})
+    return model.eval().requires_grad_(False)
+
+
+def pairs() -> Int[Tensor, "pair position"]:
+    """All inputs."""
+    numbers = torch.arange(MODULUS)
+    return F.pad(torch.cartesian_prod(numbers, numbers), (0, 1), value=MODULUS)
+
+
+@torch.no_grad()
+def tuned_to(model: Adder) -> Int[Tensor, " neuron"]:
+    """The frequency of every neuron: the one with most of the variance of its activation over all pairs."""
+    caught = []
+    handle = model.block.mlp_in.register_forward_hook(lambda *given: caught.append(given[2]))
+    model(pairs())
+    handle.remove()
+    over = caught[0].relu().T.reshape(-1, MODULUS, MODULUS).double()
+    power = torch.fft.fft2(over - over.mean((1, 2), keepdim=True)).abs().square()
+    found = []
+    for k in range(1, MODULUS // 2 + 1):
+        own = torch.tensor([0, k, MODULUS - k])  # of a, of b, and of both
+        found.append(power[:, own][:, :, own].sum((1, 2)))
+    return torch.stack(found).argmax(0) + 1
+
+
+def mechanisms(model: Adder) -> list[tuple[str, int, Tensor]]:
+    """Site, frequency and share of the weight, site by site.
+
+    In the MLP the neurons tuned to a frequency; in embedding and unembedding the projection of the numbers' rows on
+    the plane of its cosine and sine. What belongs to no frequency is no mechanism.
+    """
+    tuned = tuned_to(model)
+    frequencies = tuned.unique().tolist()
+    owner = torch.stack([tuned == k for k in frequencies]).int().argmax(0)
+    angles = 2 * math.pi * torch.outer(torch.tensor(frequencies), torch.arange(MODULUS)) / MODULUS
+    waves = F.pad(torch.stack([angles.cos(), angles.sin()], 1), (0, 1)) * (2 / MODULUS) ** 0.5
+    n = len(frequencies)
+    shares = {
+        "embed": [(model.embed.weight.T @ plane.T) @ plane for plane in waves],
+        "block.mlp_in": rows_of(model.block.mlp_in.weight, owner, n),
+        "block.mlp_out": [share.T.contiguous() for share in rows_of(model.block.mlp_out.weight.T, owner, n)],
+        "unembed": [plane.T @ (plane @ model.unembed.weight) for plane in waves],
+    }
+    return [(site, k, share) for site in SITES for k, share in zip(frequencies, shares[site], strict=True)]
+
+
+def rotated(site: Site) -> Fitted:
+    """The singular pairs of an MLP matrix in the rotation that gathers each on few neurons."""
+    left, sizes, right = torch.linalg.svd(site.matrix(), full_matrices=False)
+    rows = site.shape[0] > site.shape[1]  # whether its rows are the neurons
+    reads, writes = (right, (left * sizes).T) if rows else (sizes[:, None] * right, left.T)
+    turn = varimax((writes if rows else reads).T.double()).float()
+    return Fitted(ROTATED, "", [site], [components(site, turn.T @ reads, turn.T @ writes)])
+
+
+def varimax(loadings: Float[Tensor, "neuron pair"], steps: int = 300) -> Float[Tensor, "pair pair"]:
+    """The rotation after which squared loadings vary most.
+
+    Source:
+        Kaiser 1958, by the iteration over singular value decompositions that is usual for it.
+    """
+    turn = torch.eye(loadings.shape[1], dtype=loadings.dtype)
+    for _ in range(steps):
+        turned = loadings @ turn
+        left, _, right = torch.linalg.svd(loadings.T @ (turned**3 - turned * turned.square().mean(0)))
+        turn = left @ right
+    return turn
+
+
+def rivals(site: Site, shares: Sequence[Tensor], data: Data, seed: int) -> dict[str, Fitted]:
+    """The known answer, and what knows nothing of it."""
+    found = {ORACLE: Fitted(ORACLE, "", [site], [components_of(site, shares)])}
+    found |= {name: method.fit(data, seed) for name, method in _PLAIN.items()}
+    found[RANDOM] = _random(data, seed)
+    return found | ({ROTATED: rotated(site)} if site.path.startswith("block.") else {})
+
+
+def scores(decomposition: wd.Decomposition, unseen: Tensor, seen: Tensor, seed: int) -> list[dict[str, Any]]:
+    """Causal-effect matching of every method at every site, on inputs that nothing was fitted to."""
+    model: Any = decomposition.target
+    metric, known, ours = named("mse", ""), mechanisms(model), as_fitted(decomposition)
+    found = []
+    for site in find_sites(model, unseen, SITES)[0]:
+        shares = {k: share for path, k, share in known if path == site.path}
+        trial = protocols.trial(model, unseen, [site], metric)
+        truth = baselines.deletions(trial, [{site.path: share} for share in shares.values()])
+        data = Data(model, [seen], [site], metric, decomposition.tolerance)
+        own = [bank for bank in ours.banks if site.path in bank.writes]
+        methods = {OURS: Fitted(OURS, "", [site], own)} | rivals(site, list(shares.values()), data, seed)
+        for name, fitted in methods.items():
+            matched = effect_matching(trial, fitted, truth)
+            by_frequency = dict(zip(map(str, shares), matched.scores, strict=True))
+            found.append(
+                {"site": site.path, "method": name, "score": matched.score, "by frequency": by_frequency}
+                | {"units": fitted.n, "group sizes": matched.sizes}
+            )
+    return found
+
+
+def measured(model: Adder, seed: int, settings: Settings) -> dict[str, Any]:
+    """One decomposition of all four sites, verified and scored on held-out pairs."""
+    every = pairs()[torch.randperm(MODULUS**2, generator=torch.Generator().manual_seed(seed))]
+    unseen, seen = every[: settings.scored], every[settings.scored :]
+    start = time.process_time()
+    with warnings.catch_warnings(action="ignore", category=wd.NumericalWarning):
+        decomposition = wd.decompose(
+            model, [seen], sites=SITES, divergence="mse", seed=seed, config=settings.config, progress=False
+        )
+    seconds = time.process_time() - start
+    print(decomposition, flush=True)
+    verification = decomposition.verify([unseen], steps=settings.attack, inputs=settings.scored)
+    return {
+        "seed": seed,
+        "CPU-seconds": seconds,
+        "verdict": decomposition.outcome.verdict,
+        "verification": verification.to_dict(),
+        "scores": scores(decomposition, unseen, seen, seed),
+    }
+
+
+def run(out: Path, data: Path, smoke: bool) -> None:
+    """Measure and write."""
+    settings = SMOKE if smoke else Settings()
+    model = loaded(data / "modadd113")
+    with torch.no_grad():
+        right = float((model(pairs()).argmax(-1) == pairs()[:, :2].sum(1) % MODULUS).double().mean())
+    runs = []
+    for seed in range(settings.seeds):
+        runs.append(measured(model, seed, settings))
+        print(f"addition: seed {seed}", flush=True)
+    record = {
+        "accuracy": right,
+        "frequencies": tuned_to(model).unique().tolist(),
+        "runs": runs,
+        "settings": settings._asdict() | {"config": (settings.config or wd.Config()).to_dict()},
+        "provenance": provenance(),
+    }
+    write_json(out / "addition.json", record)
+    write(out / "addition.md", page(record))
+
+
+def page(record: dict[str, Any]) -> str:
+    """The tables."""
+    runs = record["runs"]
+    names = list(dict.fromkeys(one["method"] for one in runs[0]["scores"]))
+    rows = []
+    for name in names:
+        row = [name]
+        for site in SITES:
+            own = [x["score"] for run in runs for x in run["scores"] if (x["site"], x["method"]) == (site, name)]
+            row.append(spread(own).text(".2f") if own else "")
+        rows.append(row)
+    parts = [
+        "# Modular addition, as a transformer learnt it\n",
+        f"One layer, (a + b) mod {MODULUS}, right on {record['accuracy']:.2%} of all pairs; its neurons are tuned to "
+        f"frequencies {', '.join(map(str, record['frequencies']))}. A mechanism is a frequency at a site: the neurons "
+        "tuned to it in the MLP, the plane of its cosine and sine in embedding and unembedding. Score: causal-effect "
+        f"matching on {record['settings']['scored']} pairs that nothing was fitted to, mean over frequencies, 1 being "
+        f"what deleting the mechanism does; groups of at most 24 units. Median (range) over {len(runs)} seeds. "
+        f"Decomposing takes {spread([run['CPU-seconds'] for run in runs]).text('.0f')} CPU-seconds; verdict of seed 0: "
+        f"{runs[0]['verdict']}.\n",
+        table(["method", *SITES], rows),
+        "\n## Damage\n\nTolerance .02, mean squared error of logits; the same pairs, "
+        f"{record['settings']['attack']} steps x 3 restarts, sources shared.\n",
+        damages(runs),
+    ]
+    return "\n".join(parts) + "\n"
+
+
+def damages(runs: Sequence[dict[str, Any]]) -> str:
+    """Damage of ours beside nulls at the same number active."""
+    rows = []
+    for place in range(1 + len(runs[0]["verification"]["nulls"])):
+        shown = [[run["verification"]["ours"], *run["verification"]["nulls"]][place] for run in runs]
+        figures = [
+            spread([one[name]["damage"] for one in shown]).text(".3f") if shown[0][name] else shown[0]["reason"]
+            for name in ("stochastic", "adversarial")
+        ]
+        rows.append([shown[0]["name"], spread([one["active"] for one in shown]).text(".1f"), *figures])
+    return table(["components", "active per pair", "stochastic", "adversarial"], rows)
