@@ -220,13 +220,13 @@ def test_results_that_are_none_are_refused_and_stay(text: str, a_part: dict, tmp
     assert (tmp_path / "graphs.json").read_text() == text
 
 
-def test_the_readme_has_the_figures_of_the_results():
-    readme = (report.ROOT / "README.md").read_text()
+def test_the_page_of_graphs_has_the_figures_of_the_results():
+    page = (report.ROOT / "docs" / "graphs.md").read_text()
 
     blocks = graph_benchmark.summary(graph_benchmark.results(report.RESULTS / "graphs.json"))
 
     assert blocks
-    assert all(block in readme for block in blocks)
+    assert all(block in page for block in blocks)
 
 
 def test_the_table_of_results_is_the_one_of_the_records():
