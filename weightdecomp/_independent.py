@@ -7,6 +7,7 @@ from torch import Tensor
 _STEPS = 200
 _SETTLED = 1e-14  # change of |cosine| below which the directions have settled
 _ROWS = 20  # inputs a dimension that are needed to tell independent directions from chance
+_ENOUGH = (8192, 100)  # inputs, in all and a dimension, of which more change nothing
 _GAIN = 0.01  # of a coordinate's length, from which turning a pair is worth it
 _SPARSE = 0.1  # size, in standard deviations, from which a coordinate counts by its length rather than its square
 
@@ -24,7 +25,9 @@ def independent(rows: Float[Tensor, "row d"]) -> Float[Tensor, "d d"] | None:
     Source:
         Fixed points of FastICA (Hyvarinen 1999), all directions at once, with a smooth absolute value as contrast.
     """
-    n, d = rows.shape
+    d = rows.shape[1]
+    rows = rows[: max(_ENOUGH[0], _ENOUGH[1] * d)]
+    n = len(rows)
     if n < _ROWS * d:
         return None
     centred = (rows - rows.mean(0)).double()

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from weightdecomp._batches import Batch, select, size, tensors
+from weightdecomp._batches import select, size, tensors
 from weightdecomp._config import Config
 from weightdecomp._divergence import Divergence, output_tensor
 from weightdecomp._fit import chosen_start
@@ -16,7 +16,8 @@ from weightdecomp._sample import NoEffect, Sample, taken, without
 from weightdecomp._sites import Site, bound_site, put_weight
 
 _DRAWS = 2  # random models
-_INPUTS = 4096  # inputs that a random model is priced on
+_ROWS = 4096  # rows (inputs or positions) that a random model is priced on, of all its inputs and at least of a few
+_FEWEST = 16
 _STREAM = 7919  # apart from every seed a user is likely to have made a model with
 
 
@@ -51,7 +52,7 @@ def effort(model: nn.Module, sample: Sample, sites: Sequence[Site], bits: float,
 
 def null_effort(
     model: nn.Module,
-    batches: Sequence[Batch],
+    known: Sample,
     sites: Sequence[Site],
     divergence: Divergence,
     tolerance: float,
@@ -66,9 +67,10 @@ def null_effort(
     A network that learnt nothing costs as much per bit of its behaviour as another random one; only what is cheaper
     than that is a mechanism. Source: ours.
     """
-    device = tensors(batches[0])[0].device
+    device = tensors(known.batches[0])[0].device
     rng = torch.Generator(device=device).manual_seed(seed + _STREAM)
-    some = [select(batch, torch.arange(min(size(batch), _INPUTS), device=device)) for batch in batches]
+    most = max(_FEWEST, _ROWS // known.rows_per_input)
+    some = [select(batch, torch.arange(min(size(batch), most), device=device)) for batch in known.batches]
     found = []
     for _ in range(_DRAWS):
         twin, twins = redrawn(model, sites, rng)
