@@ -29,10 +29,10 @@ class Settings(NamedTuple):
         config: Of the decomposition.
     """
 
-    sentences: int = 768
-    held: int = 48
+    sentences: int = 256
+    held: int = 32
     attack: int = 20
-    config: wd.Config = wd.Config(steps=40, batch=32, sample=2048, rounds=2)
+    config: wd.Config = wd.Config(steps=40, batch=32, sample=1024, rounds=2)
 
 
 _REGIMES = ("stochastic", "gates", "adversarial")
