@@ -124,6 +124,10 @@ def test_mistakes_are_named(words: list[str], message: str, saved: Path, capsys:
     assert not (saved / "report.html").exists()
 
 
+def test_the_heading_names_the_class_and_the_directory_of_a_checkpoint(texts: Path):
+    assert (texts / "run" / "report.md").read_text().startswith("# LlamaForCausalLM of model, decomposed")
+
+
 def test_graphs_of_a_language_model_name_its_tokens(texts: Path):
     out = texts / "one.json"
 

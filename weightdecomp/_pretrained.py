@@ -54,6 +54,11 @@ class Pretrained(nn.Module):
         return type(self.inner).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
 
     @property
+    def title(self) -> str:
+        """Its class and where it comes from, for readers."""
+        return f"{type(self.inner).__name__} of {self.directory.resolve().name}"
+
+    @property
     def context(self) -> int | None:
         """Most positions that the configuration allows; None where it does not say."""
         return getattr(self.config, "max_position_embeddings", None)
