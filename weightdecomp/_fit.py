@@ -26,6 +26,7 @@ _SCOUT = (4, 1, 4096)  # steps, restarts and inputs of the attack inside the bis
 REVIEW = (20, 3, 2048)  # and of the attack, on held-out inputs, that a result must withstand
 _FALL = 0.2  # how much the fall of density says beside bits: one by e is worth as much as a fifth fewer bits
 _DEARER = 4 / 3  # bits that a start may cost over those of singular pairs, which refinement takes further than others
+_AGAIN = 3  # further searches where the tolerance is not met at first
 _SHARE = 0.85  # share of the tolerance aimed at, so that longer attacks on other inputs still meet it
 
 
@@ -220,29 +221,28 @@ class Gatekeeper:
         return Attacked(select(batch, index), record.output, sizes, scale, attack)
 
     def gates(self, near: float | None = None) -> Gated:
-        """Bisect the price under a short attack; where a longer one does more damage, aim lower.
+        """Seek the price under a short attack; where a longer one on held-out inputs does more damage, seek it there.
 
         Args:
             near: A price of similar components, to seek around; None seeks everywhere.
         """
-        limit, found = _SHARE * self.tolerance, None
-        for _ in range(4):
-            best = self._affordable(limit, near)
-            found = self.at(best)
+        aim = _SHARE * self.tolerance
+        found = self.at(self._affordable(aim, near, self.scouted))
+        limit, held = aim, self.reviewed._replace(attack=_SCOUT)
+        for _ in range(_AGAIN):
             if found.damage <= self.tolerance:
                 break
-            limit *= _SHARE * self.tolerance / found.damage
-            near = best
-        assert found is not None
+            found = self.at(self._affordable(limit, found.price, held))
+            limit *= aim / found.damage
         return found
 
     def at(self, price: float) -> Gated:
         """The gates of a known price, with their damage and their bits."""
         return Gated(*self._opened(price), price, self._damage(price, self.reviewed), self._ledger(price))
 
-    def _affordable(self, limit: float, near: float | None) -> float:
+    def _affordable(self, limit: float, near: float | None, on: Attacked) -> float:
         def damage(price: float) -> float:
-            return self._damage(price, self.scouted)
+            return self._damage(price, on)
 
         nothing = self.sample.nothing
         return highest_price(damage, limit, nothing * 1e-7, nothing * 10, _ROUNDS, near)
