@@ -21,6 +21,7 @@ from weightdecomp._sample import Sample, ablated_entirely, site_rows
 from weightdecomp._sites import Site
 from weightdecomp._starts import Reach
 
+_PRICES = (1e-6, 10.0)  # least and highest price that is sought, in typical effects
 _ROUNDS = 10  # bisections that the accuracy of a price is worth
 _SCOUT = (4, 1, 4096)  # steps, restarts and inputs of the attack inside the bisection: many inputs, as damage varies
 REVIEW = (20, 3, 2048)  # and of the attack, on held-out inputs, that a result must withstand
@@ -135,8 +136,8 @@ def _spent(
         output = masked(model, sample.batch, [site], {site.path: pieces}, masks)
         return float(divergence(output, sample.record.output).mean())
 
-    typical = trade.typical
-    best = highest_price(damage, tolerance * sample.nothing, typical * 1e-6, typical * 10, _ROUNDS, near)
+    low, high = trade.typical * _PRICES[0], trade.typical * _PRICES[1]
+    best = highest_price(damage, tolerance * sample.nothing, low, high, _ROUNDS, near)
     thresholds = trade.thresholds(best)
     frequency = _frequency([opened(a, thresholds) for a in sizes])
     bits = price(_n_rows(sizes), tolerance, [frequency], [pieces.ranks()], [site.shape]).per_input
@@ -244,8 +245,9 @@ class Gatekeeper:
         def damage(price: float) -> float:
             return self._damage(price, on)
 
-        nothing = self.sample.nothing
-        return highest_price(damage, limit, nothing * 1e-7, nothing * 10, _ROUNDS, near)
+        # Effects need not be in the unit of the divergence, which may be the user's own.
+        typical = max(trade.typical for trade in self.trades.values())
+        return highest_price(damage, limit, typical * _PRICES[0], typical * _PRICES[1], _ROUNDS, near)
 
     def _opened(self, price: float) -> tuple[dict[str, Tensor], Masks]:
         thresholds = {path: trade.thresholds(price) for path, trade in self.trades.items()}
