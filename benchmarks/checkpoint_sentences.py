@@ -25,18 +25,20 @@ class Settings(NamedTuple):
     Attributes:
         sentences: To decompose on.
         held: Other sentences, to verify on.
+        others: And others again, that nulls are made from.
         attack: Steps of the longest attack there.
         config: Of the decomposition.
     """
 
-    sentences: int = 256
+    sentences: int = 1024
     held: int = 32
+    others: int = 256
     attack: int = 20
-    config: wd.Config = wd.Config(steps=40, batch=32, sample=1024, rounds=2)
+    config: wd.Config = wd.Config()
 
 
 _REGIMES = ("stochastic", "gates", "adversarial")
-SMOKE = Settings(24, 8, 2, wd.Config(steps=1, batch=4, sample=64, rounds=1))
+SMOKE = Settings(24, 8, 8, 2, wd.Config(steps=1, batch=4, sample=64, rounds=1))
 
 
 class LastLayer(nn.Module):
@@ -90,7 +92,7 @@ def run(out: Path, data: Path, smoke: bool) -> None:
     settings = SMOKE if smoke else Settings()
     encoder = wd.load_hf(get_model_path())
     text = (data / "english_novels" / "valid.txt").read_text(encoding="utf-8")
-    hidden = hidden_states(encoder, sentences(encoder, text, settings.sentences + settings.held))
+    hidden = hidden_states(encoder, sentences(encoder, text, settings.sentences + settings.held + settings.others))
     seen, held = hidden[: settings.sentences], hidden[settings.sentences :]
     start = time.process_time()
     with warnings.catch_warnings(action="ignore", category=wd.NumericalWarning):

@@ -155,6 +155,24 @@ def test_spans_computed_in_chunks_are_the_spans_computed_at_once(monkeypatch: py
     assert_close(chunks.power, whole.power)
 
 
+def test_nulls_are_made_from_the_inputs_after_those_that_are_scored():
+    """As ours was made from others; where too few follow, from the scored ones. Ours is scored on the same ones."""
+    decomposition, batch = narrow()
+    stretched = normal(len(batch), batch.shape[1], seed=9) * torch.arange(1, batch.shape[1] + 1)
+
+    def svd(*batches: Tensor) -> tuple[float, float]:
+        found = verification(decomposition, batches, steps=1, inputs=len(batch), bound=False)
+        (one,) = (candidate for candidate in found.nulls if candidate.name == "SVD")
+        assert found.ours.gates is not None and one.gates is not None
+        return found.ours.gates.damage, one.gates.damage
+
+    ours, alone = svd(batch)
+    assert svd(batch, stretched[:-1]) == (ours, alone)
+    assert svd(batch, batch.flip(0)) == (ours, pytest.approx(alone))
+    assert svd(batch, stretched)[0] == ours
+    assert svd(batch, stretched)[1] != pytest.approx(alone, rel=0.01)
+
+
 def test_the_dense_model_keeps_every_rank_on():
     """Naming costs nothing, and every value of every rank on every input is paid for."""
     decomposition, batch = narrow()

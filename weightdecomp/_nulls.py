@@ -8,6 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from weightdecomp._attack import Ablation, Part
+from weightdecomp._batches import Batch
 from weightdecomp._forward import Operands, inner_activations, recorded
 from weightdecomp._ledger import price
 from weightdecomp._pieces import Pieces
@@ -56,10 +57,16 @@ class Place(NamedTuple):
 
 
 @torch.no_grad()
-def places(trial: Trial) -> tuple[Place, ...]:
-    """All sites of our own decomposition, with the spans of their inputs."""
+def places(trial: Trial, others: Sequence[Batch] = ()) -> tuple[Place, ...]:
+    """All sites of our own decomposition, with the spans of their inputs.
+
+    Args:
+        trial: Our own decomposition on the inputs that are scored.
+        others: Inputs to take the spans from, as ours were made from others than these; none: the scored ones, on which
+            a null is then at its best.
+    """
     by_site, found = frequencies(trial), []
-    roots = _root_rows(trial)
+    roots = _root_rows(trial.ablation, others or [part.batch for part in trial.parts])
     for site in trial.ablation.sites:
         root, active = roots.get(site.path), float(by_site[site.path][0].sum())
         span = None if root is None else Reach(site.matrix(), root)
@@ -163,16 +170,16 @@ def _check_size(place: Place, n: int, what: str) -> None:
         raise Unsuitable(f"{n:,} {what} at {place.site.path!r} are more than the {most:,} pieces scored at most")
 
 
-def _root_rows(trial: Trial) -> dict[str, Float[Tensor, "d_in d_in"]]:
+def _root_rows(ablation: Ablation, batches: Sequence[Batch]) -> dict[str, Float[Tensor, "d_in d_in"]]:
     """Per site that is not too wide, a few rows with the same second moment as all its rows, up to scale."""
-    sites = {site.path: site for site in trial.ablation.sites if site.shape[1] <= _WIDEST}
+    sites = {site.path: site for site in ablation.sites if site.shape[1] <= _WIDEST}
     moments = {}
-    for part in trial.parts:
-        for path, calls in recorded(trial.ablation.model, part.batch, tuple(sites.values())).operands.items():
-            for operands, g in zip(calls, part.importances[path], strict=True):
-                d_in = sites[path].shape[1]
-                for some in _chunks(operands, g[..., 0].numel() * d_in):
-                    rows = sites[path].vectors(some).reshape(-1, d_in).double()
+    for batch in batches:
+        for path, calls in recorded(ablation.model, batch, tuple(sites.values())).operands.items():
+            for operands in calls:
+                site, d_in = sites[path], sites[path].shape[1]
+                for some in _chunks(operands, site.read(operands, site.matrix()[:1]).numel() * d_in):
+                    rows = site.vectors(some).reshape(-1, d_in).double()
                     moments[path] = moments.get(path, 0.0) + rows.T @ rows
     roots = {}
     for path, moment in moments.items():

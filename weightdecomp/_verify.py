@@ -38,6 +38,7 @@ from weightdecomp._verification import Candidate, SiteSize, Verification
 
 __all__ = ["Verification", "verification"]
 
+_OTHERS = 1024  # inputs at most that nulls are made from, or as many as are scored
 _NUMBERS = 1 << 23  # activations of one part and all its restarts held at a time
 
 OnProgress = Callable[[int, int], None]
@@ -79,7 +80,8 @@ def verification(
         batches: Inputs, best ones that the run has not seen; the first `inputs` of them are used.
         steps: Largest attack budget; the ladder doubles from 20 up to it.
         restarts: Searches run side by side at every step.
-        inputs: Number of inputs.
+        inputs: Number of inputs that are scored. If as many follow them, nulls are made from those that follow, as ours
+            was made from others; else from the scored ones, on which they are then at their best.
         nulls: Score what cannot be right beside it; attacked with at most 160 steps.
         bound: Try for a certified upper bound.
         seed: Of sources, attacks and nulls.
@@ -94,7 +96,8 @@ def verification(
     for name, value in (("steps", steps), ("restarts", restarts), ("inputs", inputs)):
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
-    trial = _trial(decomposition, batches, inputs, restarts)
+    read = decomposition.read(batches)
+    trial = _trial(decomposition, read, inputs, restarts)
     tolerance, n_inputs = decomposition.tolerance, sum(size(part.batch) for part in trial.parts)
     budgets = sorted({rung for rung in RUNGS if rung < steps} | {steps})
     at = max([rung for rung in budgets if rung <= STEPS], default=steps)
@@ -107,7 +110,7 @@ def verification(
     progress.phase()
     sizes, bits = _sizes(trial), ledger(trial, tolerance, random.divergence)
     active = sum(one.active for one in sizes)
-    where = places(trial)
+    where = places(trial, _others(read, inputs, size(trial.parts[0].batch)))
     others = _nulls(trial, where, tolerance, (at, restarts), seed, progress) if nulls else ()
     certificate, no_bound = certified(trial) if bound else (None, "not asked for (bound=False)")
     progress.end()
@@ -166,10 +169,10 @@ def _generator(trial: Trial, seed: int) -> torch.Generator:
     return torch.Generator(device=tensors(trial.parts[0].batch)[0].device).manual_seed(seed)
 
 
-def _trial(decomposition: Subject, batches: Iterable[Batch], inputs: int, restarts: int) -> Trial:
+def _trial(decomposition: Subject, batches: Sequence[Batch], inputs: int, restarts: int) -> Trial:
     """The first inputs with the target's outputs and the importances, in parts that fit into memory."""
     ablation = decomposition.ablation()
-    chosen = _first(decomposition.read(batches), inputs)
+    chosen = _first(batches, inputs)
     most = max(1, _NUMBERS // (restarts * _numbers_per_input(ablation, chosen[0])))
     parts = []
     for batch in split(joined(chosen), most):
@@ -186,16 +189,24 @@ def _trial(decomposition: Subject, batches: Iterable[Batch], inputs: int, restar
     return Trial(ablation, parts, nothing)
 
 
-def _first(batches: Sequence[Batch], inputs: int) -> list[Batch]:
-    """The first inputs, in order."""
-    kept, left = [], inputs
+def _first(batches: Sequence[Batch], inputs: int, start: int = 0) -> list[Batch]:
+    """So many inputs from a start on, in order."""
+    kept, seen = [], 0
     for batch in batches:
-        n = min(size(batch), left)
-        if n:
-            whole = n == size(batch)
-            kept.append(batch if whole else select(batch, torch.arange(n, device=tensors(batch)[0].device)))
-        left -= n
+        low, high = (min(max(at - seen, 0), size(batch)) for at in (start, start + inputs))
+        if low < high:
+            whole = high - low == size(batch)
+            kept.append(batch if whole else select(batch, torch.arange(low, high, device=tensors(batch)[0].device)))
+        seen += size(batch)
     return kept
+
+
+def _others(batches: Sequence[Batch], inputs: int, at_once: int) -> list[Batch]:
+    """Inputs after the first ones, to make nulls from; none where there are fewer than of those."""
+    found = _first(batches, max(inputs, _OTHERS), inputs)
+    if sum(size(batch) for batch in found) < inputs:
+        return []
+    return split(joined(found), at_once)
 
 
 def _numbers_per_input(ablation: Ablation, batch: Batch) -> int:
