@@ -135,7 +135,7 @@ def page(record: dict[str, Any]) -> str:
         f"The matrices of layer {record['layer'] + 1} of 6 of MiniLM (all-MiniLM-L6-v2, 22M parameters), decomposed on "
         f"{settings['sentences']} sentences of {record['tokens']} tokens from novels, with one minus the cosine of "
         f"sentence embeddings as the divergence, {settings['config']['steps']} steps of refinement of "
-        f"{settings['config']['batch']} sentences: {record['CPU-seconds']['decompose']:.0f} CPU-seconds. One seed. "
+        f"{settings['config']['batch']} tokens: {record['CPU-seconds']['decompose']:.0f} CPU-seconds. One seed. "
         f"Damage where it was made: {record['outcome']}. Verdict: {record['verdict']}.\n",
         table(["matrix", "shape", "live", "active per token"], sizes),
         f"\n## Damage on {found['n_inputs']} other sentences\n\n"

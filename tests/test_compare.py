@@ -92,7 +92,7 @@ def test_a_comparison_is_plain_values_and_a_plot(compared: Comparison):
     document = json.loads(json.dumps(compared.to_dict(), allow_nan=False))
 
     assert len(document["points"]) == len(compared.points) == 1 + 6 * 2
-    assert len(compared.figure().axes) == 3
+    assert len(compared.figure().axes) == 4
     assert "weight decomposition" in str(compared)
 
 

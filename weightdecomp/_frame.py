@@ -41,7 +41,8 @@ class _LeastSquares(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
-        (factor, lower, inner), grad = ctx.saved_tensors, grads[0].to(ctx.saved_tensors[0])
+        factor, lower, inner = ctx.saved_tensors
+        grad = grads[0].to(factor)
         by_missing = torch.cholesky_solve(factor.T @ grad, lower)
         # d(gram) = -by_missing inner^T; that the ridge too depends on the factor is below rounding.
         by_gram = by_missing @ inner.T
