@@ -60,7 +60,11 @@ def cosine(output: Float[Tensor, "sentence d"], target: Float[Tensor, "sentence 
 
 
 def sentences(encoder: wd.Pretrained, text: str, n: int) -> Tensor:
-    """Token ids of the first sentences of a text that are of the length that is asked for."""
+    """Token ids of the first sentences of a text that are of the length that is asked for.
+
+    Raises:
+        ValueError: If there are too few.
+    """
     from transformers import AutoTokenizer
 
     tokenizer, found = AutoTokenizer.from_pretrained(encoder.directory), []
@@ -69,6 +73,8 @@ def sentences(encoder: wd.Pretrained, text: str, n: int) -> Tensor:
         found += [ids] if len(ids) == TOKENS else []
         if len(found) == n:
             break
+    if len(found) < n:
+        raise ValueError(f"the text has {len(found)} sentences of {TOKENS} tokens, {n} are needed")
     return torch.tensor(found)
 
 
@@ -91,7 +97,7 @@ def run(out: Path, data: Path, smoke: bool) -> None:
 
     settings = SMOKE if smoke else Settings()
     encoder = wd.load_hf(get_model_path())
-    text = (data / "english_novels" / "valid.txt").read_text(encoding="utf-8")
+    text = (data / "english_novels" / "train.txt").read_text(encoding="utf-8")
     hidden = hidden_states(encoder, sentences(encoder, text, settings.sentences + settings.held + settings.others))
     seen, held = hidden[: settings.sentences], hidden[settings.sentences :]
     start = time.process_time()
