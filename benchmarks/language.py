@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from benchmarks.bilinear_language import text_of, trained_model, windows
 from benchmarks.images import DATA_VARIABLE, data_folder
-from benchmarks.report import RESULTS, peak_bytes, provenance, table, write, write_json
+from benchmarks.report import RESULTS, peak_bytes, provenance, reset_peak, table, write, write_json
 from weightdecomp import Config, Decomposition, Verification, compare, decompose, load, load_hf
 from weightdecomp._compare import matched_cosine
 
@@ -108,6 +108,7 @@ def decomposed(case: Case, seed: int, effort: Effort, cache: Path) -> tuple[Deco
     """The decomposition of one seed, from the cache where it is there, and its cost (if resumed, the last part's)."""
     place, cost = cache / f"{case.name}-{seed}", cache / f"{case.name}-{seed}.json"
     if not cost.exists():
+        reset_peak()
         start, wall = time.process_time(), time.perf_counter()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # an unmet tolerance is in the record

@@ -224,9 +224,21 @@ def test_a_price_is_found_as_by_bisection_where_damage_rises_in_steps(edges: lis
     """Reference: the last price before the step that passes the limit."""
 
     def damage(price: float) -> float:
-        return sum(0.011 for edge in edges if math.log10(price) > edge)
+        return sum((0.011 for edge in edges if math.log10(price) > edge), 0.0)
 
     price = highest_price(damage, 0.02, 1e-7, 10.0, 10, None if near is None else 10**near)
 
     passed = sorted(edges)[1] if len(edges) > 1 else 1.0
     assert passed - 8 / 2**10 * 1.001 <= math.log10(price) <= passed + 1e-9
+
+
+@pytest.mark.parametrize("worst", [math.nan, math.inf])
+def test_damage_that_is_no_number_is_beyond_every_limit(worst: float):
+    """A masked model may divide by what a mask has taken away; prices below are still told apart."""
+
+    def damage(price: float) -> float:
+        return worst if price > 1e-3 else price
+
+    assert highest_price(damage, 0.02, 1e-7, 10.0, 10) == pytest.approx(1e-3, rel=0.02)
+    assert highest_price(damage, 1e-4, 1e-7, 10.0, 10, near=1.0) == pytest.approx(1e-4, rel=0.02)
+    assert highest_price(damage, 0.0, 1e-7, 10.0, 10) == pytest.approx(1e-7, rel=0.02)

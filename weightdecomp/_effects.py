@@ -1,6 +1,7 @@
 """Effects: what ablating each component does to the final output, and the gates that this implies."""
 
 import math
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -18,7 +19,7 @@ from weightdecomp._sites import Site
 _PROBES = 4  # random output directions
 _POINTS = (5, 15, 45, 135)  # midpoints on the path from everything ablated to the target; more where few miss much
 _MISSED = 0.25  # share of the change along the path that may be missed
-_NONE = 1e-9  # share of the limit that stands in for no damage at all
+_NONE = 1e-9  # share of the limit that stands in for no damage at all; its inverse for the worst there is
 _LEAST = 1e-3  # least effect of a typical contribution, relative to a typical effect, so that none is free to close
 
 
@@ -193,7 +194,7 @@ def highest_price(
     reach, left = 1.0, 0.0
     while high - low > fine:
         at = min(max(at, low + fine / 2), high - fine / 2)
-        excess = math.log(max(damage(math.exp(at)), _NONE * limit) / limit)
+        excess = _excess(damage(math.exp(at)), limit)
         if excess <= 0:
             low, below = at, excess
         else:
@@ -204,6 +205,12 @@ def highest_price(
         else:
             at, left = _itp(low, high, below, above, left, fine), left / 2
     return math.exp(low)
+
+
+def _excess(damage: float, limit: float) -> float:
+    """Logarithm of a damage over its limit; what is infinite or undefined counts as the worst there is."""
+    share = damage / max(limit, sys.float_info.min)
+    return math.log(max(share, _NONE) if share < 1 / _NONE else 1 / _NONE)
 
 
 def _itp(low: float, high: float, below: float, above: float, left: float, fine: float) -> float:
