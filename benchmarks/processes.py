@@ -114,7 +114,11 @@ def worked(smoke: bool, counting: bool, processes: Processes) -> dict[str, Any]:
     with meter.stage("sample, sensitivities"):
         sample = taken(model, [tokens], sites, metric, config.sample, rng, processes)
     with meter.stage("starts"):
-        own = {site.path: chosen_start(model, sample, site, metric, TOLERANCE, config) for site in processes.own(sites)}
+        share = TOLERANCE / len(sites)
+        own = {
+            site.path: chosen_start(model, sample, site, metric, TOLERANCE, config, share)
+            for site in processes.own(sites)
+        }
     sizes = {"sensitivities": stored_bytes(sample.sensitivity)}
     frames = dict[str, Frame]()
     pieces = stored(_exchanged(sites, own, frames, processes), processes)

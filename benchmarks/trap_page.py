@@ -49,7 +49,7 @@ def _caption(one: dict[str, Any]) -> str:
     units = " and ".join(str(n) for n in one["units"])
     return (
         f"seed {one['seed']}: {one['score']:.2f}; {escape(one['setting'])}; {units} units, "
-        f"{sum(sizes) / len(sizes):.1f} a mechanism; {one['cpu_seconds']:.1f} CPU-seconds"
+        f"{sum(sizes) / len(sizes):.1f} a mechanism; {one['cpu_seconds']:.1f} CPU-seconds; commit {one['commit'][:7]}"
     )
 
 

@@ -2,8 +2,9 @@
 
 `python -m benchmarks.traps [--smoke | --quick] [--task PATTERN] [--method PATTERN] [--shard i/n]`. A cell is one task,
 method and seed. It is kept in `benchmarks/.cache/traps` under the hash of all that it depends on, the code included, so
-that a run that was stopped goes on, shards share a folder, and nothing stale is shown. Of a method's grid the best
-setting is reported, chosen by the score itself: the baselines' most favourable reading. Ours has one setting.
+that a run that was stopped goes on, shards share a folder, and nothing stale is shown. Records of other machines or
+commits are shown beside it with `--join FILE`; every cell names its commit. Of a method's grid the best setting is
+reported, chosen by the score itself: the baselines' most favourable reading. Ours has one setting.
 """
 
 import argparse
@@ -72,9 +73,20 @@ def run(
     for i in tqdm(mine, disable=not progress, desc="traps", leave=False):
         file = folder / f"{keys[i]}.json"
         if not file.exists():
-            write_json(file, scored(wanted[i], effort))
+            write_json(file, scored(wanted[i], effort) | {"commit": provenance()["commit"]})
     files = [folder / f"{one}.json" for one in keys]
     return [json.loads(file.read_text()) for file in files if file.exists()]
+
+
+def joined(found: Sequence[dict[str, Any]], records: Sequence[Path]) -> list[dict[str, Any]]:
+    """The cells found, and those of records that they lack, as other machines or commits made them."""
+    cells = {(one["task"], one["method"], one["seed"]): one for one in found}
+    for file in records:
+        record = json.loads(file.read_text())
+        for one in record["cells"]:
+            own = {"commit": record["provenance"]["commit"], **one}
+            cells.setdefault((one["task"], one["method"], one["seed"]), own)
+    return list(cells.values())
 
 
 def summary(found: Sequence[dict[str, Any]]) -> str:
@@ -106,6 +118,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--shard", type=shard, default=(0, 1), metavar="I/N", help="only every n-th cell (1/1)")
     parser.add_argument("--task", default="*", metavar="PATTERN", help="only tasks of such a name, as in 'ping*'")
     parser.add_argument("--method", default="*", metavar="PATTERN", help="only methods of such a name")
+    parser.add_argument(
+        "--join", type=Path, action="append", default=[], metavar="FILE", help="show the cells of this record as well"
+    )
     parser.add_argument("--out", type=Path, default=RESULTS, metavar="DIR", help="default: %(default)s")
     given = parser.parse_args(arguments)
     torch.set_num_threads(1)
@@ -117,7 +132,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not any(map(only, cells(effort))):
         known = [*(task.name for task in TASKS), *dict.fromkeys(cell.method for cell in cells(effort))]
         parser.error(f"no task like {given.task!r} with a method like {given.method!r}; there are {', '.join(known)}")
-    found = run(effort, given.shard, CACHE, only=only)
+    found = joined(run(effort, given.shard, CACHE, only=only), given.join)
     missing = len(cells(effort)) - len(found)
     text = summary(found) + (f"\n\n{missing} cells are still missing.\n" if missing else "\n")
     write_json(given.out / f"{name}.json", {"provenance": provenance(), "missing": missing, "cells": found})

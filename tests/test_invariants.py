@@ -251,7 +251,7 @@ def gatekeeper_of(model: nn.Module, inputs: Tensor, scale: float) -> Gatekeeper:
     sample = taken(model, [inputs], sites, metric, 256, torch.Generator().manual_seed(0))
     pieces = {}
     for site in sites:
-        own = chosen_start(model, sample, site, metric, 0.02, wd.Config()).pieces
+        own = chosen_start(model, sample, site, metric, 0.02, wd.Config(), 0.02).pieces
         pieces[site.path] = Pieces(own.v * scale, own.u / scale, own.owner)
     return Gatekeeper(Ablation(model, sites, pieces, metric, {}), sample, 0.02, 0)
 
@@ -289,7 +289,7 @@ def test_the_work_of_a_start_does_not_depend_on_the_order_of_neurons(seed: int):
         sites, _ = find_sites(target, inputs)
         metric = choose("mse", target(inputs), False)
         sample = taken(target, [inputs], sites, metric, 256, torch.Generator().manual_seed(0))
-        works.append([chosen_start(target, sample, site, metric, 0.02, wd.Config()).work for site in sites])
+        works.append([chosen_start(target, sample, site, metric, 0.02, wd.Config(), 0.01).work for site in sites])
 
     for one, other in zip(*works, strict=True):
         assert one.keys() == other.keys()

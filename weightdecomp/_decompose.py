@@ -186,7 +186,7 @@ def _starts(
         for site in processes.own(turn):
             bar.now(f"start of {site.path or 'the model'}", len(turn))
             if site.path not in saved.document.get("starts", {}):
-                start = chosen_start(model, sample, site, divergence, tolerance, config)
+                start = chosen_start(model, sample, site, divergence, tolerance, config, tolerance / len(sites))
                 # Contiguous as when read back from disk, since sums over another layout round differently (R1).
                 made = {name: x.contiguous() for name, x in {**start.pieces._asdict(), **start.origin}.items()}
                 document = [start.name, start.bits, start.work]

@@ -15,7 +15,7 @@ from weightdecomp._effects import Trade, effects, highest_price, opened
 from weightdecomp._forward import Masks, inner_activations, masked, recorded
 from weightdecomp._ledger import Ledger, price, value_bits, wires
 from weightdecomp._pieces import Pieces
-from weightdecomp._portfolio import Member, portfolio
+from weightdecomp._portfolio import Member, portfolio, turned
 from weightdecomp._processes import ALONE, Processes
 from weightdecomp._sample import Sample, ablated_entirely, site_rows
 from weightdecomp._sites import Site
@@ -69,21 +69,31 @@ class Gated(NamedTuple):
 
 @torch.no_grad()
 def chosen_start(
-    model: nn.Module, sample: Sample, site: Site, divergence: Divergence, tolerance: float, config: Config
+    model: nn.Module,
+    sample: Sample,
+    site: Site,
+    divergence: Divergence,
+    tolerance: float,
+    config: Config,
+    share: float,
 ) -> Start:
-    """Choose from the portfolio what does the least work per input at the tolerance, this site alone masked.
+    """Choose from the portfolio what does the least work per input at a damage of `share`, this site alone masked.
 
-    What costs the ledger clearly more bits than singular pairs is no candidate, however few wires it has.
+    Damages of sites that are masked together about add up, so that the share of each is the tolerance over their
+    number. What costs the ledger clearly more bits than singular pairs is no candidate, however few wires it has.
     """
     matrix = site.matrix()
     rows, hits = site_rows(model, sample, site, divergence)
     reach = Reach(matrix, rows)
     most = max(2, int(config.capacity * min(matrix.shape)))
     members = portfolio(matrix, reach, rows, hits, most)
-    spent, near = dict[str, _Spent](), None
+    singular = members["svd"]
+    first = _spent(model, sample, site, singular.pieces, divergence, tolerance, share, None)
+    members |= turned(singular.pieces, rows, first.frequency, singular.held)
+    spent = {"svd": first}
     for name, one in members.items():
-        spent[name] = _spent(model, sample, site, one.pieces, divergence, tolerance, near)
-        near = spent[name].price
+        if name not in spent:
+            spent[name] = _spent(model, sample, site, one.pieces, divergence, tolerance, share, first.price)
     size = rows.square().mean(0).sqrt()
     work = {name: _work(members[name].pieces, size, one, tolerance) for name, one in spent.items()}
     best = _best({name: one for name, one in members.items() if spent[name].bits <= _DEARER * spent["svd"].bits}, work)
@@ -103,7 +113,7 @@ def _best(members: Mapping[str, Member], work: Mapping[str, float]) -> str:
 
 
 class _Spent(NamedTuple):
-    """What one site's pieces cost at the gates that the tolerance affords under zero-ablation.
+    """What one site's pieces cost at the gates that its share of the tolerance affords under zero-ablation.
 
     Attributes:
         frequency: Of every component.
@@ -124,6 +134,7 @@ def _spent(
     pieces: Pieces,
     divergence: Divergence,
     tolerance: float,
+    share: float,
     near: float | None,
 ) -> _Spent:
     inner = inner_activations(sample.record, site, pieces)
@@ -137,7 +148,7 @@ def _spent(
         return float(divergence(output, sample.record.output).mean())
 
     low, high = trade.typical * _PRICES[0], trade.typical * _PRICES[1]
-    best = highest_price(damage, tolerance * sample.nothing, low, high, _ROUNDS, near)
+    best = highest_price(damage, share * sample.nothing, low, high, _ROUNDS, near)
     thresholds = trade.thresholds(best)
     frequency = _frequency([opened(a, thresholds) for a in sizes])
     bits = price(_n_rows(sizes), tolerance, [frequency], [pieces.ranks()], [site.shape]).per_input

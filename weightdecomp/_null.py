@@ -79,7 +79,8 @@ def null_effort(
         except NoEffect:
             continue
         own = processes.own(twins)
-        starts = [chosen_start(twin, sample, site, divergence, tolerance, config) for site in own]
+        share = tolerance / len(twins)
+        starts = [chosen_start(twin, sample, site, divergence, tolerance, config, share) for site in own]
         bits = torch.tensor(sum(start.bits for start in starts), dtype=torch.float64)
         found.append(effort(twin, sample, twins, float(processes.sum(bits)), tolerance))
     return sum(found) / len(found) if found else None

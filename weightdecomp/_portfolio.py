@@ -7,9 +7,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from weightdecomp._independent import independent
-from weightdecomp._pieces import Pieces
+from weightdecomp._pieces import Pieces, rank_one_pieces
 from weightdecomp._spans import span_start
 from weightdecomp._starts import Reach, exemplar_start, exemplars, plain_starts
+
+_OFTEN = 1 / 3  # share of inputs from which a component counts as open often
 
 
 class Member(NamedTuple):
@@ -61,3 +63,20 @@ def portfolio(
     if spans is not None:
         found["spans"] = Member(*spans)
     return found
+
+
+def turned(
+    pairs: Pieces, rows: Float[Tensor, "row d_in"], frequency: Float[Tensor, " pair"], held: Float[Tensor, "0 reach"]
+) -> dict[str, Member]:
+    """Singular pairs of which those that are often open are turned, together, to independent directions.
+
+    What is open most of the time gates cannot tell apart, and singular pairs mix what is equally strong.
+    """
+    often = frequency > _OFTEN
+    n = int(often.sum())
+    directions = independent(rows @ pairs.v[often].T) if n > 1 else None
+    if directions is None:
+        return {}
+    v = torch.cat([torch.linalg.pinv(directions.T) @ pairs.v[often], pairs.v[~often]])
+    u = torch.cat([directions @ pairs.u[often], pairs.u[~often]])
+    return {f"svd, {n} turned": Member(rank_one_pieces(v, u).balanced(), held)}

@@ -148,7 +148,6 @@ def load_hf(directory: str | Path, *, dtype: torch.dtype = torch.float32) -> Pre
                 dtype=dtype,
                 local_files_only=True,
                 use_safetensors=True,
-                attn_implementation="eager",
                 ignore_mismatched_sizes=True,
                 output_loading_info=True,
             )
