@@ -26,7 +26,7 @@ _ROUNDS = 10  # bisections that the accuracy of a price is worth
 _SCOUT = (4, 1, 4096)  # steps, restarts and inputs of the attack inside the bisection: many inputs, as damage varies
 REVIEW = (20, 3, 2048)  # and of the attack, on held-out inputs, that a result must withstand
 _FALL = 0.2  # how much the fall of density says beside bits: one by e is worth as much as a fifth fewer bits
-_DEARER = 4 / 3  # bits that a start may cost over those of singular pairs, which refinement takes further than others
+_DEARER = 1.1  # bits that a start may cost over those of singular pairs, which refinement takes further than others
 _AGAIN = 3  # further searches where the tolerance is not met at first
 _SHARE = 0.85  # share of the tolerance aimed at, so that longer attacks on other inputs still meet it
 
