@@ -11,6 +11,7 @@ from weightdecomp._starts import (
     Reach,
     column_line_start,
     column_start,
+    effect_start,
     exemplar_start,
     exemplars,
     plain_starts,
@@ -187,10 +188,36 @@ def test_a_site_whose_inputs_are_zero_still_sums_to_its_weights():
     assert_close(pieces.total(), matrix)
 
 
+@given(**shapes)
+@settings(max_examples=30)
+def test_pairs_by_effect_sum_to_the_weights_with_the_largest_effects_first(
+    d_in: int, d_out: int, span: int, rank: int, seed: int
+):
+    """F1; ablating pairs does to `|sensitivity . output|^2` what their singular values say, each apart."""
+    matrix, rows = site(d_in, d_out, span, rank, seed)
+    sensitivity = drawn(40, d_out, seed=seed)
+    reach = Reach(matrix, rows)
+
+    pieces = effect_start(reach, sensitivity)
+
+    assert_close(reach.basis.T @ pieces.total().T, reach.basis.T @ matrix.T)
+    changes = (sensitivity @ pieces.u.T).square().mean(0) * (rows @ pieces.v.T).square().mean(0)
+    assert (changes.diff() <= 0.05 * changes.max()).all()  # up to the floor under directions that count little
+
+
+def test_directions_that_nothing_reads_come_last():
+    matrix, rows = torch.diag(torch.tensor([3.0, 2.0, 1.0])).double(), drawn(50, 3)
+    sensitivity = drawn(40, 3) * torch.tensor([0.0, 1.0, 1.0])
+
+    last = effect_start(Reach(matrix, rows), sensitivity).u[-1]
+
+    assert last[0].abs() > 0.9 * last.norm()
+
+
 def test_the_portfolio_keeps_within_the_capacity():
     matrix, rows = site(3, 6, 3, 3, seed=0)
 
-    found = plain_starts(matrix, Reach(matrix, rows), most=4)
+    found = plain_starts(matrix, Reach(matrix, rows), drawn(8, len(matrix)), most=4)
 
-    assert set(found) == {"svd", "columns"}
+    assert set(found) == {"svd", "svd by effect", "columns"}
     assert all(pieces.n <= 4 for pieces in found.values())

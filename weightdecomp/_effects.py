@@ -194,20 +194,20 @@ def highest_price(
     reach, left = 1.0, 0.0
     while high - low > fine:
         at = min(max(at, low + fine / 2), high - fine / 2)
-        excess = _excess(damage(math.exp(at)), limit)
-        if excess <= 0:
-            low, below = at, excess
+        over = excess(damage(math.exp(at)), limit)
+        if over <= 0:
+            low, below = at, over
         else:
-            high, above = at, excess
+            high, above = at, over
         if below is None or above is None:
-            at, reach = at - reach * excess - math.copysign(fine, excess), 2 * reach
+            at, reach = at - reach * over - math.copysign(fine, over), 2 * reach
             left = high - low  # twice the half width that the next step may leave
         else:
             at, left = _itp(low, high, below, above, left, fine), left / 2
     return math.exp(low)
 
 
-def _excess(damage: float, limit: float) -> float:
+def excess(damage: float, limit: float) -> float:
     """Logarithm of a damage over its limit; what is infinite or undefined counts as the worst there is."""
     share = damage / max(limit, sys.float_info.min)
     return math.log(max(share, _NONE) if share < 1 / _NONE else 1 / _NONE)

@@ -1,5 +1,6 @@
 """The fit: components from the portfolio, and the gates that a given tolerance can afford."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -11,7 +12,7 @@ from weightdecomp._attack import Ablation, strongest
 from weightdecomp._batches import Batch, select, size, tensors
 from weightdecomp._config import Config
 from weightdecomp._divergence import Divergence
-from weightdecomp._effects import Trade, effects, highest_price, opened
+from weightdecomp._effects import Trade, effects, excess, highest_price, opened
 from weightdecomp._forward import Masks, inner_activations, masked, recorded
 from weightdecomp._ledger import Ledger, price, value_bits, wires
 from weightdecomp._pieces import Pieces
@@ -27,7 +28,9 @@ _SCOUT = (4, 1, 4096)  # steps, restarts and inputs of the attack inside the bis
 REVIEW = (20, 3, 2048)  # and of the attack, on held-out inputs, that a result must withstand
 _FALL = 0.2  # how much the fall of density says beside bits: one by e is worth as much as a fifth fewer bits
 _DEARER = 1.1  # bits that a start may cost over those of singular pairs, which refinement takes further than others
-_AGAIN = 3  # further searches where the tolerance is not met at first
+_AGAIN = 3  # further prices where the tolerance is not met at first
+_LITTLE = 0.7  # share of the aim from which a damage below it is near enough
+_SLOPES = (0.5, 4.0)  # powers of the price by which damage may be taken to rise
 _SHARE = 0.85  # share of the tolerance aimed at, so that longer attacks on other inputs still meet it
 
 
@@ -86,7 +89,8 @@ def chosen_start(
     rows, hits = site_rows(model, sample, site, divergence)
     reach = Reach(matrix, rows)
     most = max(2, int(config.capacity * min(matrix.shape)))
-    members = portfolio(matrix, reach, rows, hits, most)
+    sensitivity = torch.cat([calls.flatten(0, -2) for calls in sample.sensitivity[site.path]])
+    members = portfolio(matrix, reach, rows, hits, sensitivity, most)
     singular = members["svd"]
     first = _spent(model, sample, site, singular.pieces, divergence, tolerance, share, None)
     members |= turned(singular.pieces, rows, first.frequency, singular.held)
@@ -233,28 +237,30 @@ class Gatekeeper:
         return Attacked(select(batch, index), record.output, sizes, scale, attack)
 
     def gates(self, near: float | None = None) -> Gated:
-        """Seek the price under a short attack; where a longer one on held-out inputs does more damage, seek it there.
+        """Seek the price under a short attack; where a longer one on held-out inputs does more damage, go by that.
 
         Args:
             near: A price of similar components, to seek around; None seeks everywhere.
         """
         aim = _SHARE * self.tolerance
-        found = self.at(self._affordable(aim, near, self.scouted))
-        limit, held = aim, self.reviewed._replace(attack=_SCOUT)
-        for _ in range(_AGAIN):
-            if found.damage <= self.tolerance:
-                break
-            found = self.at(self._affordable(limit, found.price, held))
-            limit *= aim / found.damage
-        return found
+        tried = [self.at(self._affordable(aim, near))]
+        while not self._near(tried, aim) and len(tried) <= _AGAIN:
+            tried.append(self.at(_price_of(aim, tried)))
+        within = [one for one in tried if one.damage <= self.tolerance]
+        return max(within, key=lambda one: one.price) if within else min(tried, key=lambda one: one.price)
+
+    def _near(self, tried: Sequence[Gated], aim: float) -> bool:
+        """Whether the tolerance is met, at once or, where it was missed before, by little."""
+        most = max((one.damage for one in tried if one.damage <= self.tolerance), default=-1.0)
+        return most >= (_LITTLE * aim if len(tried) > 1 else 0)
 
     def at(self, price: float) -> Gated:
         """The gates of a known price, with their damage and their bits."""
         return Gated(*self._opened(price), price, self._damage(price, self.reviewed), self._ledger(price))
 
-    def _affordable(self, limit: float, near: float | None, on: Attacked) -> float:
+    def _affordable(self, limit: float, near: float | None) -> float:
         def damage(price: float) -> float:
-            return self._damage(price, on)
+            return self._damage(price, self.scouted)
 
         # Effects need not be in the unit of the divergence, which may be the user's own.
         typical = max(trade.typical for trade in self.trades.values())
@@ -287,6 +293,16 @@ class Gatekeeper:
             [site.shape for site in sites],
             divergence,
         )
+
+
+def _price_of(aim: float, tried: Sequence[Gated]) -> float:
+    """Where the damage should be the aim: along the power law through the two nearest tries, or in proportion to one."""
+    one, *others = sorted(tried, key=lambda one: abs(excess(one.damage, aim)))
+    slope = 1.0
+    if others and others[0].price != one.price:
+        rise = excess(others[0].damage, aim) - excess(one.damage, aim)
+        slope = min(max(rise / math.log(others[0].price / one.price), _SLOPES[0]), _SLOPES[1])
+    return one.price * math.exp(-excess(one.damage, aim) / slope)
 
 
 def frequencies(importances: Masks, processes: Processes = ALONE) -> Mapping[str, Float[Tensor, " component"]]:

@@ -7,8 +7,8 @@ from torch import Tensor
 _STEPS = 200
 _SETTLED = 1e-6  # change of the mean length, in standard deviations, below which the directions have settled
 _ROWS = 20  # inputs a dimension that are needed to tell independent directions from chance
-_ENOUGH = (8192, 100)  # inputs, in all and a dimension, of which more change nothing
-_GAIN = 0.01  # of a standard deviation, from which turning a pair is worth it
+_ENOUGH = 8192  # inputs, of which more change nothing but the cost, unless the dimension needs them
+_GAIN = 1.0  # standard errors of a mean, from which turning a pair is worth it
 _SPARSE = 0.1  # size, in standard deviations, from which a coordinate counts by its length rather than its square
 _NORMAL = 0.81208  # mean smooth length of a normal coordinate; sparse ones are shorter, ones on a circle longer
 
@@ -28,7 +28,7 @@ def independent(rows: Float[Tensor, "row d"]) -> Float[Tensor, "d d"] | None:
         Fixed points of FastICA (Hyvarinen 1999), all directions at once, with a smooth absolute value as contrast.
     """
     d = rows.shape[1]
-    rows = rows[: max(_ENOUGH[0], _ENOUGH[1] * d)]
+    rows = rows[: max(_ENOUGH, _ROWS * d)]
     n = len(rows)
     if n < _ROWS * d:
         return None
@@ -39,24 +39,27 @@ def independent(rows: Float[Tensor, "row d"]) -> Float[Tensor, "d d"] | None:
     root = sizes.sqrt()
     white = centred @ basis / root
     # The coordinates themselves are as good a place to begin as any, and the same for every seed.
-    turn = _orthogonal((basis / root).T * root.mean())
-    before = torch.inf
+    turn, before = _orthogonal(basis * root), torch.inf
+    best, farthest = None, 0.0
     for _ in range(_STEPS):
         along = white @ turn.T
         length = _length(along)
         mean = float(length.mean())
         # By length, not by angle: in a plane in which inputs go round, all directions are as good.
         if abs(mean - before) < _SETTLED:
+            far = float(_far(along).sum())
+            if far <= farthest:
+                break
             # Two directions halfway between two true ones are a saddle, where steps are small as well.
-            turned = _pairs_turned(along)
+            best, farthest, turned = turn, far, _pairs_turned(along)
             if turned is None:
-                return torch.nn.functional.normalize(((turn * root) @ basis.T).to(rows.dtype))
+                break
             turn, before = turned @ turn, torch.inf
             continue
         # The Newton step of a fixed point: E[g'(y)] w - E[g(y) x] for g the slope of the smooth length.
         slope = (_SPARSE**2 / length**3).mean(0)
         before, turn = mean, _orthogonal(slope[:, None] * turn - (along / length).T @ white / n)
-    return None
+    return None if best is None else torch.nn.functional.normalize(((best * root) @ basis.T).to(rows.dtype))
 
 
 def _length(along: Tensor) -> Tensor:
@@ -79,7 +82,7 @@ def _pairs_turned(along: Float[Tensor, "row d"]) -> Float[Tensor, "d d"] | None:
         gain[i] = _far((one + along) / 2**0.5) + _far((one - along) / 2**0.5) - far[i] - far
     gain.fill_diagonal_(0)
     turn, (most, partner) = torch.eye(d, dtype=along.dtype, device=along.device), gain.max(1)
-    for i in (most > _GAIN).nonzero().flatten().tolist():
+    for i in (most > _GAIN / len(along) ** 0.5).nonzero().flatten().tolist():
         j = int(partner[i])
         if i < j and int(partner[j]) == i:
             turn[[i, i, j, j], [i, j, i, j]] = along.new_tensor([1, 1, 1, -1]) / 2**0.5

@@ -34,6 +34,7 @@ def portfolio(
     reach: Reach,
     rows: Float[Tensor, "row d_in"],
     hits: Float[Tensor, " row"],
+    sensitivity: Float[Tensor, "probed d_out"],
     most: int,
 ) -> dict[str, Member]:
     """All members, by name.
@@ -43,12 +44,13 @@ def portfolio(
         reach: The span of its inputs.
         rows: Its inputs.
         hits: Divergence of the final output when the whole site is ablated on that input.
+        sensitivity: Gradients of the final output at the site's output.
         most: Components of a member at most.
     """
     whole = torch.eye(len(reach.power), dtype=reach.power.dtype, device=reach.power.device)
-    plain = plain_starts(matrix, reach, most)
+    plain = plain_starts(matrix, reach, sensitivity, most)
     # Singular pairs mean nothing one by one and are all refined; coordinates are the model's own.
-    found = {name: Member(pieces, whole[:0] if name == "svd" else whole) for name, pieces in plain.items()}
+    found = {name: Member(pieces, whole[:0] if "svd" in name else whole) for name, pieces in plain.items()}
     inner = rows @ reach.basis
     for family in exemplars(inner, reach.power, hits, most):
         for n, fall in family.cuts.items():

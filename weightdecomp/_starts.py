@@ -10,6 +10,7 @@ from weightdecomp._pieces import Pieces, rank_one_pieces
 
 _SAMPLE = 6144  # rows that exemplars are sought among
 _REACHED = 1e-9  # relative mean square below which an input direction counts as never used
+_HEEDED = 1e-2  # least share of the mean sensitivity that an output direction counts by
 _CUTS = 3  # numbers of exemplars that the ledger chooses from
 _CONE = 512  # rows that a direction is refined on
 _AGREEMENTS = (0.99, 0.9)  # |cosines| from which two inputs count as one direction
@@ -50,6 +51,27 @@ def svd_start(reach: Reach) -> Pieces:
     left, sizes, right = torch.linalg.svd(reach.weight * root, full_matrices=False)
     kept = sizes > 1e-6 * sizes[0]
     return reach.lifted(right[kept] / root, (left * sizes).T[kept])
+
+
+def effect_start(reach: Reach, sensitivity: Float[Tensor, "row d_out"]) -> Pieces:
+    """Singular pairs of W in the metrics of the inputs and of what follows: directions that count little come last.
+
+    Args:
+        reach: The span of the inputs.
+        sensitivity: Gradients of the model's output at the site's output; their second moment is the metric.
+
+    Source:
+        The two metrics are the factors of K-FAC (Martens and Grosse 2015, arXiv 1503.05671); pairs in them ours.
+    """
+    moment = sensitivity.double().T @ sensitivity.double()
+    floor = _HEEDED * float(moment.diagonal().mean()) or 1.0
+    heed, basis = torch.linalg.eigh(moment + floor * torch.eye(len(moment), dtype=moment.dtype, device=moment.device))
+    scaled = ((basis * heed.sqrt()) @ basis.T).to(reach.weight)
+    root = reach.power.sqrt()
+    left, sizes, right = torch.linalg.svd(scaled @ reach.weight * root, full_matrices=False)
+    kept = sizes > 1e-6 * sizes[0]
+    back = ((basis / heed.sqrt()) @ basis.T).to(reach.weight)
+    return reach.lifted(right[kept] / root, (back @ left * sizes).T[kept])
 
 
 def row_start(reach: Reach) -> Pieces:
@@ -223,10 +245,12 @@ def exemplar_start(reach: Reach, directions: Float[Tensor, "exemplar reach"]) ->
     return reach.lifted(v, u)
 
 
-def plain_starts(matrix: Float[Tensor, "d_out d_in"], reach: Reach, most: int) -> dict[str, Pieces]:
+def plain_starts(
+    matrix: Float[Tensor, "d_out d_in"], reach: Reach, sensitivity: Float[Tensor, "row d_out"], most: int
+) -> dict[str, Pieces]:
     """The starts that need no search, by name: singular pairs, coordinates, and the lines that coordinates share."""
     d_out, d_in = matrix.shape
-    found: dict[str, Pieces | None] = {"svd": svd_start(reach)}
+    found: dict[str, Pieces | None] = {"svd": svd_start(reach), "svd by effect": effect_start(reach, sensitivity)}
     if d_out <= most:
         found |= {"rows": row_start(reach), "row lines": row_line_start(reach)}
     if d_in <= most:
