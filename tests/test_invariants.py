@@ -310,7 +310,7 @@ def test_the_result_does_not_depend_on_the_order_of_neurons(quick: None):
     assert_close(other.outcome.damage, one.outcome.damage, rtol=1e-6, atol=0)
     assert_close(other.ledger.total, one.ledger.total, rtol=0.01, atol=0)
     for path, parts in one.parts.items():
-        assert_close(parts.frequency.sort().values, other.parts[path].frequency.sort().values, rtol=0, atol=0.02)
+        assert_close(parts.frequencies.sort().values, other.parts[path].frequencies.sort().values, rtol=0, atol=0.02)
 
 
 def test_damage_is_measured_at_the_final_output():

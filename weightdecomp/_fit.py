@@ -28,8 +28,8 @@ _SCOUT = (4, 1, 4096)  # steps, restarts and inputs of the attack inside the bis
 REVIEW = (20, 3, 2048)  # and of the attack, on held-out inputs, that a result must withstand
 _FALL = 0.2  # how much the fall of density says beside bits: one by e is worth as much as a fifth fewer bits
 _DEARER = 1.1  # bits that a start may cost over those of singular pairs, which refinement takes further than others
-_AGAIN = 3  # further prices where the tolerance is not met at first
-_LITTLE = 0.7  # share of the aim from which a damage below it is near enough
+_AGAIN = 3  # further prices where the first one's damage is not near what is aimed at
+_LITTLE = 0.85  # share of the aim from which a damage below it is near enough
 _SLOPES = (0.5, 4.0)  # powers of the price by which damage may be taken to rise
 _SHARE = 0.85  # share of the tolerance aimed at, so that longer attacks on other inputs still meet it
 
@@ -237,22 +237,21 @@ class Gatekeeper:
         return Attacked(select(batch, index), record.output, sizes, scale, attack)
 
     def gates(self, near: float | None = None) -> Gated:
-        """Seek the price under a short attack; where a longer one on held-out inputs does more damage, go by that.
+        """Seek the price under a short attack; where a longer one on held-out inputs finds another damage, go by that.
 
         Args:
             near: A price of similar components, to seek around; None seeks everywhere.
         """
         aim = _SHARE * self.tolerance
         tried = [self.at(self._affordable(aim, near))]
-        while not self._near(tried, aim) and len(tried) <= _AGAIN:
+        while len(tried) <= _AGAIN and not self._near(aim, tried):
             tried.append(self.at(_price_of(aim, tried)))
         within = [one for one in tried if one.damage <= self.tolerance]
         return max(within, key=lambda one: one.price) if within else min(tried, key=lambda one: one.price)
 
-    def _near(self, tried: Sequence[Gated], aim: float) -> bool:
-        """Whether the tolerance is met, at once or, where it was missed before, by little."""
-        most = max((one.damage for one in tried if one.damage <= self.tolerance), default=-1.0)
-        return most >= (_LITTLE * aim if len(tried) > 1 else 0)
+    def _near(self, aim: float, tried: Sequence[Gated]) -> bool:
+        """Whether some damage is within the tolerance and not far below the aim."""
+        return any(_LITTLE * aim <= one.damage <= self.tolerance for one in tried)
 
     def at(self, price: float) -> Gated:
         """The gates of a known price, with their damage and their bits."""
