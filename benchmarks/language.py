@@ -1,7 +1,8 @@
 """Language models: all attention and MLP matrices decomposed at once, beside nulls and transcoders.
 
-`python -m benchmarks.language [--data DIR] [--only NAME] [--seeds N] [--smoke]`. Decompositions and their checkpoints
-are kept in `benchmarks/.cache/language`, so that a run that was stopped goes on; `--fresh` begins anew.
+`python -m benchmarks.language [--data DIR] [--only NAME] [--seeds N] [--smoke]`. Decompositions, their checkpoints
+and what was measured of them are kept in `benchmarks/.cache/language`, so that a run that was stopped goes on;
+`--fresh` begins anew.
 """
 
 import argparse
@@ -11,6 +12,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,7 +23,7 @@ from torch import Tensor, nn
 from benchmarks.bilinear_language import text_of, trained_model, windows
 from benchmarks.images import DATA_VARIABLE, data_folder
 from benchmarks.report import RESULTS, peak_bytes, provenance, reset_peak, table, write, write_json
-from weightdecomp import Config, Decomposition, Verification, compare, decompose, load, load_hf
+from weightdecomp import Config, Decomposition, compare, decompose, load, load_hf
 from weightdecomp._compare import matched_cosine
 
 CACHE = Path(__file__).parent / ".cache" / "language"
@@ -138,63 +140,88 @@ def _weights(found: Decomposition, path: str) -> Tensor:
     return torch.stack([pieces.weight(i).flatten() for i in range(pieces.n)])
 
 
+def verified(case: Case, seed: int, effort: Effort, cache: Path) -> dict[str, Any]:
+    """Figures of one seed on inputs that it has not seen, with the report in full; nulls beside the first seed."""
+    found, _ = decomposed(case, seed, effort, cache)
+    steps, restarts, inputs = effort.attack
+    one = found.verify([case.held], steps=steps, restarts=restarts, inputs=inputs, nulls=seed == 0, bound=False)
+    figures = {
+        "L0": one.ours.active,
+        "live": sum(site.live for site in one.sites),
+        "bits": one.ledger.per_input,
+        "stochastic": one.stochastic.damage,
+        "gates": one.gates.damage,
+        "adversarial": one.damage,
+    }
+    nulls = [
+        {"name": null.name, "L0": null.active, "adversarial": null.adversarial.damage}
+        for null in (one.ours, *one.nulls)
+        if null.adversarial is not None
+    ]
+    return {"figures": figures, "nulls": nulls, "report": str(one), "verification": one.to_dict()}
+
+
+def compared(case: Case, effort: Effort, cache: Path) -> dict[str, Any]:
+    """The first seed's decomposition beside other methods."""
+    found, _ = decomposed(case, 0, effort, cache)
+    beside = compare(found, [case.tokens], effort.methods, evaluate=[case.held[: effort.attack[2]]])
+    return {"report": str(beside), "comparison": beside.to_dict()}
+
+
+def _kept(file: Path, made: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What was made before, or what is made now and kept, so that a run that was stopped goes on."""
+    if not file.exists():
+        write_json(file, made())
+    return json.loads(file.read_text())
+
+
 def measured(case: Case, seeds: int, effort: Effort, cache: Path) -> tuple[dict[str, Any], str]:
     """All figures of one model, and the tables; nulls and other methods are scored beside the first seed."""
-    steps, restarts, inputs = effort.attack
     found, costs = zip(*[decomposed(case, seed, effort, cache) for seed in range(seeds)], strict=True)
-    checked = [
-        one.verify([case.held], steps=steps, restarts=restarts, inputs=inputs, nulls=one is found[0], bound=False)
-        for one in found
-    ]
-    beside = compare(found[0], [case.tokens], effort.methods, evaluate=[case.held[:inputs]])
     pairs = [agreement(one, other) for i, one in enumerate(found) for other in found[:i]]
-    runs = [
-        {"seed": seed, **costs[seed], "starts": {path: parts.start for path, parts in found[seed].parts.items()}}
-        | {"verification": checked[seed].to_dict()}
-        for seed in range(seeds)
-    ]
+    runs = []
+    for seed in range(seeds):
+        starts = {path: parts.start for path, parts in found[seed].parts.items()}
+        checked = _kept(cache / f"{case.name}-{seed}-verified.json", partial(verified, case, seed, effort, cache))
+        runs.append({"seed": seed, **costs[seed], "starts": starts, **checked})
     result = {
         "name": case.name,
         "what": case.what,
         "tolerance": TOLERANCE,
         "runs": runs,
         "agreement": sum(pairs) / len(pairs) if pairs else None,
-        "comparison": beside.to_dict(),
+        "beside": _kept(cache / f"{case.name}-compared.json", partial(compared, case, effort, cache)),
         "provenance": provenance(),
     }
-    return result, _text(result, checked, str(beside))
+    return result, _text(result)
 
 
-def _text(result: dict[str, Any], checked: Sequence[Verification], beside: str) -> str:
+def _text(result: dict[str, Any]) -> str:
     """What a reader wants to know first, then the tables in full."""
     rows = []
-    for run, one in zip(result["runs"], checked, strict=True):
+    for run in result["runs"]:
+        one = run["figures"]
         rows.append(
             [
                 f"seed {run['seed']}",
                 f"{run['cpu_seconds'] / 60:.1f}",
                 f"{run['peak_bytes'] / 2**20:,.0f}",
-                f"{one.ours.active:.1f}",
-                f"{sum(site.live for site in one.sites)}",
-                f"{one.ledger.per_input:,.0f}",
-                f"{one.stochastic.damage:.4f}",
-                f"{one.gates.damage:.4f}",
-                f"{one.damage:.4f}",
+                f"{one['L0']:.1f}",
+                f"{one['live']}",
+                f"{one['bits']:,.0f}",
+                *(f"{one[name]:.4f}" for name in ("stochastic", "gates", "adversarial")),
             ]
         )
     head = ("run", "CPU min", "peak MiB", "L0", "live", "bits", "stochastic", "gates", "adversarial")
-    nulls = [
-        [one.name, f"{one.active:.1f}", f"{one.adversarial.damage:.4f}"]
-        for one in (checked[0].ours, *checked[0].nulls)
-        if one.adversarial is not None
-    ]
+    first = result["runs"][0]
+    nulls = [[one["name"], f"{one['L0']:.1f}", f"{one['adversarial']:.4f}"] for one in first["nulls"]]
     agreement = "one seed" if result["agreement"] is None else f"agreement of seeds {result['agreement']:.2f}"
     parts = (
         f"## {result['name']}\n\n{result['what']}; tolerance {result['tolerance']:g}, {agreement}.",
         table(head, rows),
         table(("at the same number active per site and token", "L0", "adversarial"), nulls),
-        f"```\n{checked[0]}\n```",
-        f"```\n{beside}\n```",
+        f"```\n{first['report']}\n```",
+        f"```\n{result['beside']['report']}\n```",
     )
     return "\n\n".join(parts) + "\n"
 
