@@ -295,7 +295,7 @@ class Gatekeeper:
 
 
 def _price_of(aim: float, tried: Sequence[Gated]) -> float:
-    """Where the damage should be the aim: along the power law through the two nearest tries, or in proportion to one."""
+    """Where the damage should be the aim: on the power law through the two nearest tries, or in proportion to one."""
     one, *others = sorted(tried, key=lambda one: abs(excess(one.damage, aim)))
     slope = 1.0
     if others and others[0].price != one.price:
