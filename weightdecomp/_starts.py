@@ -65,13 +65,13 @@ def effect_start(reach: Reach, sensitivity: Float[Tensor, "row d_out"]) -> Piece
     """
     moment = sensitivity.double().T @ sensitivity.double()
     floor = _HEEDED * float(moment.diagonal().mean()) or 1.0
-    heed, basis = torch.linalg.eigh(moment + floor * torch.eye(len(moment), dtype=moment.dtype, device=moment.device))
-    scaled = ((basis * heed.sqrt()) @ basis.T).to(reach.weight)
+    metric = moment + floor * torch.eye(len(moment), dtype=moment.dtype, device=moment.device)
+    upper = torch.linalg.cholesky(metric, upper=True).to(reach.weight)
     root = reach.power.sqrt()
-    left, sizes, right = torch.linalg.svd(scaled @ reach.weight * root, full_matrices=False)
+    left, sizes, right = torch.linalg.svd(upper @ reach.weight * root, full_matrices=False)
     kept = sizes > 1e-6 * sizes[0]
-    back = ((basis / heed.sqrt()) @ basis.T).to(reach.weight)
-    return reach.lifted(right[kept] / root, (back @ left * sizes).T[kept])
+    u = torch.linalg.solve_triangular(upper, (left * sizes)[:, kept], upper=True)
+    return reach.lifted(right[kept] / root, u.T)
 
 
 def row_start(reach: Reach) -> Pieces:
