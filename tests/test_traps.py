@@ -1,6 +1,7 @@
 """The trap suite's answers are exact, its score knows them, and its runs can be stopped and shared out."""
 
 import argparse
+import json
 from pathlib import Path
 
 import pytest
@@ -229,6 +230,17 @@ def test_a_cell_can_be_run_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert '"twins"' in made.read_text()
     with pytest.raises(SystemExit):
         traps.main(["--smoke", "--task", "twinz", "--out", str(tmp_path)])
+
+
+def test_cells_of_other_records_are_shown_beside_ones_own(tmp_path: Path):
+    own = [{"task": "twins", "method": "pca", "seed": 0, "score": 0.5, "commit": "new"}]
+    others = [{**own[0], "score": 0.1}, {**own[0], "seed": 1, "score": 0.2}]
+    record = tmp_path / "other.json"
+    record.write_text(json.dumps({"provenance": {"commit": "old"}, "cells": others}))
+
+    found = traps.joined(own, [record])
+
+    assert [(one["seed"], one["score"], one["commit"]) for one in found] == [(0, 0.5, "new"), (1, 0.2, "old")]
 
 
 def test_another_configuration_is_another_cell():
