@@ -50,7 +50,7 @@ class Effort(NamedTuple):
     positions: int
 
 
-FULL = Effort(Config(), (80, 3, 8), 1500, ("neurons", "svd", "transcoder", "skip transcoder"), 256, 256)
+FULL = Effort(Config(), (40, 3, 8), 1500, ("neurons", "svd", "transcoder", "skip transcoder"), 256, 256)
 SMOKE = Effort(Config(steps=2, sample=256, batch=64, rounds=1), (2, 1, 2), 5, ("svd",), 16, 16)
 
 

@@ -30,7 +30,8 @@ _FALL = 0.2  # how much the fall of density says beside bits: one by e is worth 
 _DEARER = 1.1  # bits that a start may cost over those of singular pairs, which refinement takes further than others
 _AGAIN = 3  # further prices where the first one's damage is not near what is aimed at
 _LITTLE = 0.85  # share of the aim from which a damage below it is near enough
-_SLOPES = (0.5, 4.0)  # powers of the price by which damage may be taken to rise
+_SLOPE = 1.5  # power of the price by which damage usually rises
+_SLOPES = (0.5, 4.0)  # and least and largest that are believed
 _SHARE = 0.85  # share of the tolerance aimed at, so that longer attacks on other inputs still meet it
 
 
@@ -237,13 +238,13 @@ class Gatekeeper:
         return Attacked(select(batch, index), record.output, sizes, scale, attack)
 
     def gates(self, near: float | None = None) -> Gated:
-        """Seek the price under a short attack; where a longer one on held-out inputs finds another damage, go by that.
+        """Seek the price at which the damage under a longer attack on held-out inputs is near what is aimed at.
 
         Args:
-            near: A price of similar components, to seek around; None seeks everywhere.
+            near: A price of similar components, to begin at; None begins where a short attack does the damage.
         """
         aim = _SHARE * self.tolerance
-        tried = [self.at(self._affordable(aim, near))]
+        tried = [self.at(self._affordable(aim) if near is None else near)]
         while len(tried) <= _AGAIN and not self._near(aim, tried):
             tried.append(self.at(_price_of(aim, tried)))
         within = [one for one in tried if one.damage <= self.tolerance]
@@ -257,13 +258,13 @@ class Gatekeeper:
         """The gates of a known price, with their damage and their bits."""
         return Gated(*self._opened(price), price, self._damage(price, self.reviewed), self._ledger(price))
 
-    def _affordable(self, limit: float, near: float | None) -> float:
+    def _affordable(self, limit: float) -> float:
         def damage(price: float) -> float:
             return self._damage(price, self.scouted)
 
         # Effects need not be in the unit of the divergence, which may be the user's own.
         typical = max(trade.typical for trade in self.trades.values())
-        return highest_price(damage, limit, typical * _PRICES[0], typical * _PRICES[1], _ROUNDS, near)
+        return highest_price(damage, limit, typical * _PRICES[0], typical * _PRICES[1], _ROUNDS)
 
     def _opened(self, price: float) -> tuple[dict[str, Tensor], Masks]:
         thresholds = {path: trade.thresholds(price) for path, trade in self.trades.items()}
@@ -295,9 +296,9 @@ class Gatekeeper:
 
 
 def _price_of(aim: float, tried: Sequence[Gated]) -> float:
-    """Where the damage should be the aim: on the power law through the two nearest tries, or in proportion to one."""
+    """Where the damage should be the aim: on the power law through the two nearest tries, or of a usual slope."""
     one, *others = sorted(tried, key=lambda one: abs(excess(one.damage, aim)))
-    slope = 1.0
+    slope = _SLOPE
     if others and others[0].price != one.price:
         rise = excess(others[0].damage, aim) - excess(one.damage, aim)
         slope = min(max(rise / math.log(others[0].price / one.price), _SLOPES[0]), _SLOPES[1])
