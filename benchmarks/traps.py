@@ -133,9 +133,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         known = [*(task.name for task in TASKS), *dict.fromkeys(cell.method for cell in cells(effort))]
         parser.error(f"no task like {given.task!r} with a method like {given.method!r}; there are {', '.join(known)}")
     found = joined(run(effort, given.shard, CACHE, only=only), given.join)
-    missing = len(cells(effort)) - len(found)
+    there = {(one["task"], one["method"], one["seed"]) for one in found}
+    missing = sum((cell.task.name, cell.method, cell.seed) not in there for cell in cells(effort))
     text = summary(found) + (f"\n\n{missing} cells are still missing.\n" if missing else "\n")
-    write_json(given.out / f"{name}.json", {"provenance": provenance(), "missing": missing, "cells": found})
+    # One seed's pictures are shown; those of others would be most of the record.
+    kept = [one if one["seed"] == 0 else {**one, "pictures": []} for one in found]
+    record = {"provenance": provenance(), "missing": missing, "cells": kept}
+    write(given.out / f"{name}.json", json.dumps(record, allow_nan=False, separators=(",", ":")))
     write(given.out / f"{name}.md", text)
     write(given.out / f"{name}.html", page(found, TASKS, PASS))
     print(text)
