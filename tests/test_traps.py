@@ -233,8 +233,9 @@ def test_a_cell_can_be_run_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 
 def test_cells_of_other_records_are_shown_beside_ones_own(tmp_path: Path):
-    own = [{"task": "twins", "method": "pca", "seed": 0, "score": 0.5, "commit": "new"}]
-    others = [{**own[0], "score": 0.1}, {**own[0], "seed": 1, "score": 0.2}]
+    cell = {"task": "twins", "method": "pca", "seed": 0}
+    own = [{**cell, "score": 0.5, "commit": "new"}]
+    others = [{**cell, "score": 0.1}, {**cell, "seed": 1, "score": 0.2}]
     record = tmp_path / "other.json"
     record.write_text(json.dumps({"provenance": {"commit": "old"}, "cells": others}))
 
