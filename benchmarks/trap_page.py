@@ -67,7 +67,7 @@ def _bars(one: dict[str, Any], bar: float) -> str:
 
 def _pictures(one: dict[str, Any]) -> str:
     """Per mechanism its exact effect (grey) over some inputs in ascending order, and the effect found (black)."""
-    drawn = [picture for trap in one["pictures"] for picture in trap[: 12 // len(one["pictures"])]]
+    drawn = [picture for trap in one["pictures"] for picture in trap[: 6 // len(one["pictures"])]]
     return "".join(
         f'<svg width="{_WIDTH}" height="{_HEIGHT}" role="img">{_line(exact, "#aaa", 5)}{_line(got, "#111", 1.2)}</svg>'
         for exact, got in drawn
