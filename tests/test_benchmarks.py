@@ -278,5 +278,5 @@ def test_language_models_are_measured_beside_nulls_and_other_methods(tmp_path: P
     (run,) = found["runs"]
     assert run["verification"]["unmasked"]["damage"] < 1e-4
     assert {one["name"] for one in run["verification"]["nulls"]} >= {"SVD", "random directions"}
-    assert [row["method"] for row in found["comparison"]["rows"]] == ["weight decomposition", "svd"]
+    assert [row["method"] for row in found["beside"]["comparison"]["rows"]] == ["weight decomposition", "svd"]
     assert "adversarial" in (tmp_path / "characters.md").read_text()

@@ -103,7 +103,7 @@ def exchanged(group):
 def sharded(group, checkpoint):
     _fit.REVIEW, _fit._SCOUT, _fit._ROUNDS, _null._DRAWS = (4, 1, 64), (2, 1, 64), 6, 1
     _checkpoint._LEAST, _checkpoint._SHARE = 0.0, 1e9
-    call = {"config": wd.Config(steps=20, sample=256, batch=32, rounds=2), "progress": False}
+    call = {"config": wd.Config(steps=20, sample=256, batch=32, rounds=2), "seed": 2, "progress": False}
     found = wd.decompose(model(), inputs(), group=group, shard=True, checkpoint=checkpoint, **call)
     again = wd.decompose(model(), inputs(), group=group, shard=True, checkpoint=checkpoint, **call)
     alone = wd.decompose(model(), inputs(), **call)

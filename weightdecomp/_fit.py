@@ -28,7 +28,7 @@ _SCOUT = (4, 1, 4096)  # steps, restarts and inputs of the attack inside the bis
 REVIEW = (20, 3, 2048)  # and of the attack, on held-out inputs, that a result must withstand
 _FALL = 0.2  # how much the fall of density says beside bits: one by e is worth as much as a fifth fewer bits
 _DEARER = 1.1  # bits that a start may cost over those of singular pairs, which refinement takes further than others
-_AGAIN = 3  # further prices where the first one's damage is not near what is aimed at
+_AGAIN = 3  # further prices where the first one's damage is not near the aim; twice as many until one is affordable
 _LITTLE = 0.85  # share of the aim from which a damage below it is near enough
 _SLOPE = 1.5  # power of the price by which damage usually rises
 _SLOPES = (0.5, 4.0)  # and least and largest that are believed
@@ -245,14 +245,22 @@ class Gatekeeper:
         """
         aim = _SHARE * self.tolerance
         tried = [self.at(self._affordable(aim) if near is None else near)]
-        while len(tried) <= _AGAIN and not self._near(aim, tried):
-            tried.append(self.at(_price_of(aim, tried)))
-        within = [one for one in tried if one.damage <= self.tolerance]
+        while not self._enough(aim, tried):
+            price, known = _price_of(aim, tried), min(one.price for one in tried)
+            # Damage that rises in steps is on no power law.
+            tried.append(self.at(price if self._within(tried) else min(price, known / 2)))
+        within = self._within(tried)
         return max(within, key=lambda one: one.price) if within else min(tried, key=lambda one: one.price)
 
-    def _near(self, aim: float, tried: Sequence[Gated]) -> bool:
-        """Whether some damage is within the tolerance and not far below the aim."""
-        return any(_LITTLE * aim <= one.damage <= self.tolerance for one in tried)
+    def _within(self, tried: Sequence[Gated]) -> list[Gated]:
+        return [one for one in tried if one.damage <= self.tolerance]
+
+    def _enough(self, aim: float, tried: Sequence[Gated]) -> bool:
+        """Whether some damage is within the tolerance and not far below the aim, or enough prices were tried."""
+        within = self._within(tried)
+        if not within:
+            return len(tried) > 2 * _AGAIN
+        return len(tried) > _AGAIN or max(one.damage for one in within) >= _LITTLE * aim
 
     def at(self, price: float) -> Gated:
         """The gates of a known price, with their damage and their bits."""
