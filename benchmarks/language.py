@@ -140,11 +140,10 @@ def _weights(found: Decomposition, path: str) -> Tensor:
     return torch.stack([pieces.weight(i).flatten() for i in range(pieces.n)])
 
 
-def verified(case: Case, seed: int, effort: Effort, cache: Path) -> dict[str, Any]:
-    """Figures of one seed on inputs that it has not seen, with the report in full; nulls beside the first seed."""
-    found, _ = decomposed(case, seed, effort, cache)
+def verified(found: Decomposition, case: Case, effort: Effort, nulls: bool) -> dict[str, Any]:
+    """Figures on inputs that the run has not seen, with the report in full."""
     steps, restarts, inputs = effort.attack
-    one = found.verify([case.held], steps=steps, restarts=restarts, inputs=inputs, nulls=seed == 0, bound=False)
+    one = found.verify([case.held], steps=steps, restarts=restarts, inputs=inputs, nulls=nulls, bound=False)
     figures = {
         "L0": one.ours.active,
         "live": sum(site.live for site in one.sites),
@@ -153,17 +152,16 @@ def verified(case: Case, seed: int, effort: Effort, cache: Path) -> dict[str, An
         "gates": one.gates.damage,
         "adversarial": one.damage,
     }
-    nulls = [
+    beside = [
         {"name": null.name, "L0": null.active, "adversarial": null.adversarial.damage}
         for null in (one.ours, *one.nulls)
         if null.adversarial is not None
     ]
-    return {"figures": figures, "nulls": nulls, "report": str(one), "verification": one.to_dict()}
+    return {"figures": figures, "nulls": beside, "report": str(one), "verification": one.to_dict()}
 
 
-def compared(case: Case, effort: Effort, cache: Path) -> dict[str, Any]:
-    """The first seed's decomposition beside other methods."""
-    found, _ = decomposed(case, 0, effort, cache)
+def compared(found: Decomposition, case: Case, effort: Effort) -> dict[str, Any]:
+    """A decomposition beside other methods."""
     beside = compare(found, [case.tokens], effort.methods, evaluate=[case.held[: effort.attack[2]]])
     return {"report": str(beside), "comparison": beside.to_dict()}
 
@@ -180,9 +178,10 @@ def measured(case: Case, seeds: int, effort: Effort, cache: Path) -> tuple[dict[
     found, costs = zip(*[decomposed(case, seed, effort, cache) for seed in range(seeds)], strict=True)
     pairs = [agreement(one, other) for i, one in enumerate(found) for other in found[:i]]
     runs = []
-    for seed in range(seeds):
-        starts = {path: parts.start for path, parts in found[seed].parts.items()}
-        checked = _kept(cache / f"{case.name}-{seed}-verified.json", partial(verified, case, seed, effort, cache))
+    for seed, one in enumerate(found):
+        starts = {path: parts.start for path, parts in one.parts.items()}
+        made = partial(verified, one, case, effort, nulls=seed == 0)
+        checked = _kept(cache / f"{case.name}-{seed}-verified.json", made)
         runs.append({"seed": seed, **costs[seed], "starts": starts, **checked})
     result = {
         "name": case.name,
@@ -190,7 +189,7 @@ def measured(case: Case, seeds: int, effort: Effort, cache: Path) -> tuple[dict[
         "tolerance": TOLERANCE,
         "runs": runs,
         "agreement": sum(pairs) / len(pairs) if pairs else None,
-        "beside": _kept(cache / f"{case.name}-compared.json", partial(compared, case, effort, cache)),
+        "beside": _kept(cache / f"{case.name}-compared.json", partial(compared, found[0], case, effort)),
         "provenance": provenance(),
     }
     return result, _text(result)

@@ -13,6 +13,7 @@ import json
 from collections.abc import Callable, Sequence
 from fnmatch import fnmatch
 from functools import cache
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -78,14 +79,23 @@ def run(
     return [json.loads(file.read_text()) for file in files if file.exists()]
 
 
-def joined(found: Sequence[dict[str, Any]], records: Sequence[Path]) -> list[dict[str, Any]]:
+def record(word: str) -> list[dict[str, Any]]:
+    """The cells of a record that a run wrote, each with its commit."""
+    try:
+        read = json.loads(Path(word).read_text())
+        commit, made = read["provenance"]["commit"], read["cells"]
+        return [{"commit": commit, **one} for one in made]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise argparse.ArgumentTypeError(
+            f"expected a record of this benchmark, as traps-quick.json is, got {word!r} ({error})"
+        ) from error
+
+
+def joined(found: Sequence[dict[str, Any]], records: Sequence[Sequence[dict[str, Any]]]) -> list[dict[str, Any]]:
     """The cells found, and those of records that they lack, as other machines or commits made them."""
     cells = {(one["task"], one["method"], one["seed"]): one for one in found}
-    for file in records:
-        record = json.loads(file.read_text())
-        for one in record["cells"]:
-            own = {"commit": record["provenance"]["commit"], **one}
-            cells.setdefault((one["task"], one["method"], one["seed"]), own)
+    for one in chain.from_iterable(records):
+        cells.setdefault((one["task"], one["method"], one["seed"]), one)
     return list(cells.values())
 
 
@@ -119,7 +129,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--task", default="*", metavar="PATTERN", help="only tasks of such a name, as in 'ping*'")
     parser.add_argument("--method", default="*", metavar="PATTERN", help="only methods of such a name")
     parser.add_argument(
-        "--join", type=Path, action="append", default=[], metavar="FILE", help="show the cells of this record as well"
+        "--join", type=record, action="append", default=[], metavar="FILE", help="show the cells of this record as well"
     )
     parser.add_argument("--out", type=Path, default=RESULTS, metavar="DIR", help="default: %(default)s")
     given = parser.parse_args(arguments)
@@ -138,8 +148,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     text = summary(found) + (f"\n\n{missing} cells are still missing.\n" if missing else "\n")
     # One seed's pictures are shown; those of others would be most of the record.
     kept = [one if one["seed"] == 0 else {**one, "pictures": []} for one in found]
-    record = {"provenance": provenance(), "missing": missing, "cells": kept}
-    write(given.out / f"{name}.json", json.dumps(record, allow_nan=False, separators=(",", ":")))
+    document = {"provenance": provenance(), "missing": missing, "cells": kept}
+    write(given.out / f"{name}.json", json.dumps(document, allow_nan=False, separators=(",", ":")))
     write(given.out / f"{name}.md", text)
     write(given.out / f"{name}.html", page(found, TASKS, PASS))
     print(text)

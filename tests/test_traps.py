@@ -239,9 +239,19 @@ def test_cells_of_other_records_are_shown_beside_ones_own(tmp_path: Path):
     record = tmp_path / "other.json"
     record.write_text(json.dumps({"provenance": {"commit": "old"}, "cells": others}))
 
-    found = traps.joined(own, [record])
+    found = traps.joined(own, [traps.record(str(record))])
 
     assert [(one["seed"], one["score"], one["commit"]) for one in found] == [(0, 0.5, "new"), (1, 0.2, "old")]
+
+
+@pytest.mark.parametrize("text", [None, "no JSON", "{}", "[]", '{"provenance": 1, "cells": []}', '{"cells": [3]}'])
+def test_a_file_that_is_no_record_is_refused_before_anything_is_run(text: str | None, tmp_path: Path):
+    file = tmp_path / "other.json"
+    if text is not None:
+        file.write_text(text)
+
+    with pytest.raises(argparse.ArgumentTypeError, match="expected a record of this benchmark"):
+        traps.record(str(file))
 
 
 def test_another_configuration_is_another_cell():

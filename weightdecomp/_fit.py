@@ -208,7 +208,6 @@ class Gatekeeper:
         """Compute every component's activations and effects on the sample."""
         self.ablation, self.sample, self.tolerance, self.seed = ablation, sample, tolerance, seed
         with torch.no_grad():
-            self.scouted = self._attacked(sample.batch, _SCOUT)
             self.reviewed = self._attacked(sample.held, REVIEW)
         self.sizes: dict[str, list[Tensor]] = {}
         self.trades: dict[str, Trade] = {}
@@ -267,8 +266,12 @@ class Gatekeeper:
         return Gated(*self._opened(price), price, self._damage(price, self.reviewed), self._ledger(price))
 
     def _affordable(self, limit: float) -> float:
+        """The highest price at which a short attack does no more damage than the limit."""
+        with torch.no_grad():
+            scouted = self._attacked(self.sample.batch, _SCOUT)
+
         def damage(price: float) -> float:
-            return self._damage(price, self.scouted)
+            return self._damage(price, scouted)
 
         # Effects need not be in the unit of the divergence, which may be the user's own.
         typical = max(trade.typical for trade in self.trades.values())
