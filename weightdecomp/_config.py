@@ -23,7 +23,7 @@ class Config:
     batch: int = 1024
     sample: int = 4096
     capacity: float = 8.0
-    rate: float = 0.03
+    rate: float = 0.01
     adversarial: float = 0.5
     rounds: int = 6
 

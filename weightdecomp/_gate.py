@@ -11,7 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 _RAMP = 0.5  # width of a gate's ramp, as a share of its threshold
-_LEAK = 0.01  # slope of the surrogate gradients beyond the ends of a ramp (VPD, S6)
+_LEAK = 0.01  # slope of the surrogate gradient below a ramp (VPD, S6)
 _LEAST = 1e-12  # threshold below which a ramp gets no narrower
 
 
@@ -35,7 +35,8 @@ def gated(
 
     Returns:
         The masks; their gradient leaks below a ramp only where the loss wants the gate to rise. And the mean
-        number of open gates per row, with a slope wherever a gate is not shut.
+        number of open gates per row, whose slope ends where a ramp does: beyond it a price would only shrink what is
+        open for certain, by more the lower its threshold.
 
     Source:
         The gradients inside a ramp and below it after VPD (Goodfire 2026, S6); the rest is ours.
@@ -56,10 +57,9 @@ class _Gated(torch.autograd.Function):
         arm = up.sub_(down).sign_()
         g = height.clamp(0, 1)
         n_rows = max(a[..., 0].numel(), 1)
-        beyond = torch.sub(height, 1, out=down).clamp_min_(0).sum()
         ctx.save_for_backward(arm, height, g, sources, steep, group)
         ctx.n_rows, ctx.pool = n_rows, pool.shape
-        return torch.lerp(sources, torch.ones_like(sources[..., :1]), g), (g.sum() + _LEAK * beyond) / n_rows
+        return torch.lerp(sources, torch.ones_like(sources[..., :1]), g), g.sum() / n_rows
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
@@ -74,7 +74,6 @@ class _Gated(torch.autograd.Function):
             pool[:, :-1].index_add_(0, group, change)
         by_g = torch.addcmul(mask, mask, sources, value=-1)
         leaked = by_g.clamp_max(0).mul_(_LEAK).mul_(height <= 0)
-        leaked += (height >= 1) * (_LEAK * n_open)
         by_height = torch.where(g == height, by_g.add_(n_open), leaked)
         slope = torch.addcmul((steep[0] - steep[1]) / 2, arm, (steep[0] + steep[1]) / 2)
         return by_height.mul_(slope), None, None, pool, None

@@ -21,9 +21,10 @@ from weightdecomp._processes import Processes, exchange, local
 from weightdecomp._sharded import OnDemand, applied, stored
 from weightdecomp._sites import Site
 
-_POOL = 8  # source vectors that the adversary keeps, each shared by a part of the batch
-_ASCENT = 0.1  # sign step of the adversary, from the same gradient as the refinement
-_FRESH = 4  # every so many steps one source vector is drawn anew, so that the adversary keeps looking elsewhere
+_POOL = 2  # source vectors that the adversary keeps, each shared by a part of the batch
+_ASCENT = 0.5  # sign step of the adversary, from the same gradient as the refinement
+_MEMORY = 0.7  # share of its past slope that it keeps: one step shows it few inputs
+_FRESH = 32  # every so many steps one source vector is drawn anew, so that the adversary keeps looking elsewhere
 
 
 class Terms(NamedTuple):
@@ -62,6 +63,7 @@ class Refiner:
         self.factors = [x for own in self.reduced.values() for x in own[:2]]
         self.moments = [(torch.zeros_like(x), torch.zeros_like(x), torch.zeros(())) for x in self.factors]
         self.sources = drawn_sources(ablation, _POOL, rng)
+        self.slopes = {path: torch.zeros_like(source) for path, source in self.sources.items()}
 
     def pieces(self) -> Mapping[str, Pieces]:
         """The components as they are now, exact by construction, in the sites' own coordinates.
@@ -187,19 +189,21 @@ class Refiner:
 
     def _ascend(self, grads: Sequence[Tensor | None]) -> None:
         for (path, source), grad in zip(list(self.sources.items()), grads, strict=True):
-            source = source.detach()
-            self.sources[path] = source if grad is None else (source + _ASCENT * grad.sign()).clamp(0, 1)
+            if grad is not None:
+                self.slopes[path].lerp_(grad, 1 - _MEMORY)
+            self.sources[path] = (source.detach() + _ASCENT * self.slopes[path].sign()).clamp(0, 1)
 
     def _redraw(self, index: int) -> None:
         fresh: Sources = drawn_sources(self.ablation, 1, self.rng)
         for path, source in self.sources.items():
-            source[index] = fresh[path][0]
+            source[index], self.slopes[path][index] = fresh[path][0], 0
 
     def state(self) -> dict[str, Tensor]:
         """Everything that the next step depends on, by name."""
         whole = self.ablation.processes.whole
         found = {f"factor.{i}": whole(x.detach()) for i, x in enumerate(self.factors)}
         found |= {f"source.{path}": x.detach() for path, x in self.sources.items()}
+        found |= {f"slope.{path}": x for path, x in self.slopes.items()}
         for i, (mean, square, count) in enumerate(self.moments):
             found |= {f"moment.{i}.0": whole(mean), f"moment.{i}.1": whole(square), f"moment.{i}.2": count}
         return found | {"rng": self.rng.get_state()}
@@ -213,6 +217,7 @@ class Refiner:
                     local(own).copy_(local(sharded(state[name].to(own.device))))
                 count.copy_(state[f"moment.{i}.2"])
         self.sources = {path: state[f"source.{path}"].clone() for path in self.sources}
+        self.slopes = {path: state[f"slope.{path}"].clone() for path in self.slopes}
         self.rng.set_state(state["rng"])
 
 
