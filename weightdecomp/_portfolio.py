@@ -9,7 +9,7 @@ from torch import Tensor
 from weightdecomp._independent import independent
 from weightdecomp._pieces import Pieces, rank_one_pieces
 from weightdecomp._spans import span_start
-from weightdecomp._starts import Reach, exemplar_start, exemplars, plain_starts
+from weightdecomp._starts import Reach, coordinate_starts, exemplar_start, exemplars, singular_starts
 
 _OFTEN = 1 / 3  # share of inputs from which a component counts as open often
 
@@ -48,9 +48,9 @@ def portfolio(
         most: Components of a member at most.
     """
     whole = torch.eye(len(reach.power), dtype=reach.power.dtype, device=reach.power.device)
-    plain = plain_starts(matrix, reach, sensitivity, most)
     # Singular pairs mean nothing one by one and are all refined; coordinates are the model's own.
-    found = {name: Member(pieces, whole[:0] if "svd" in name else whole) for name, pieces in plain.items()}
+    found = {name: Member(pieces, whole[:0]) for name, pieces in singular_starts(reach, sensitivity).items()}
+    found |= {name: Member(pieces, whole) for name, pieces in coordinate_starts(matrix, reach, most).items()}
     inner = rows @ reach.basis
     for family in exemplars(inner, reach.power, hits, most):
         for n, fall in family.cuts.items():

@@ -245,12 +245,15 @@ def exemplar_start(reach: Reach, directions: Float[Tensor, "exemplar reach"]) ->
     return reach.lifted(v, u)
 
 
-def plain_starts(
-    matrix: Float[Tensor, "d_out d_in"], reach: Reach, sensitivity: Float[Tensor, "row d_out"], most: int
-) -> dict[str, Pieces]:
-    """The starts that need no search, by name: singular pairs, coordinates, and the lines that coordinates share."""
+def singular_starts(reach: Reach, sensitivity: Float[Tensor, "row d_out"]) -> dict[str, Pieces]:
+    """Singular pairs in either metric, by name."""
+    return {"svd": svd_start(reach), "svd by effect": effect_start(reach, sensitivity)}
+
+
+def coordinate_starts(matrix: Float[Tensor, "d_out d_in"], reach: Reach, most: int) -> dict[str, Pieces]:
+    """Coordinates, and the lines that coordinates share, by name."""
     d_out, d_in = matrix.shape
-    found: dict[str, Pieces | None] = {"svd": svd_start(reach), "svd by effect": effect_start(reach, sensitivity)}
+    found = dict[str, Pieces | None]()
     if d_out <= most:
         found |= {"rows": row_start(reach), "row lines": row_line_start(reach)}
     if d_in <= most:
