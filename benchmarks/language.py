@@ -35,9 +35,11 @@ class Effort(NamedTuple):
 
     Attributes:
         config: Of the decomposition.
-        attack: Steps and restarts of the verification's longest attack, and its inputs.
+        attack: Steps and restarts of the verification's longest attack, and rows (positions) that it shares sources
+            among: as many as a run is held to.
         training: Steps of the character model.
         methods: What `compare` scores beside the decomposition.
+        beside: Inputs that methods are compared on.
         sequences: To decompose on at most.
         positions: Of a sequence at most.
     """
@@ -46,12 +48,13 @@ class Effort(NamedTuple):
     attack: tuple[int, int, int]
     training: int
     methods: tuple[str, ...]
+    beside: int
     sequences: int
     positions: int
 
 
-FULL = Effort(Config(), (40, 3, 8), 1500, ("neurons", "svd", "transcoder", "skip transcoder"), 256, 256)
-SMOKE = Effort(Config(steps=2, sample=256, batch=64, rounds=1), (2, 1, 2), 5, ("svd",), 16, 16)
+FULL = Effort(Config(), (40, 3, 4096), 1500, ("neurons", "svd", "transcoder", "skip transcoder"), 8, 2048, 256)
+SMOKE = Effort(Config(steps=2, sample=256, batch=64, rounds=1), (2, 1, 32), 5, ("svd",), 2, 16, 16)
 
 
 class Case(NamedTuple):
@@ -96,7 +99,7 @@ def characters(data: Path | None, effort: Effort) -> Case:
     d = 16 if effort is SMOKE else 64
     model = trained_model(ids[:cut], len(number), d, 2, effort.training, seed=0)
     rng = torch.Generator().manual_seed(1)
-    seen = torch.cat([one[:, :-1] for one in windows(ids[:cut], 4, rng)])
+    seen = torch.cat([one[:, :-1] for one in windows(ids[:cut], 32, rng)])
     (held,) = (one[:, :-1] for one in windows(ids[cut:], 1, rng))
     what = f"2 layers, width {d}, bilinear MLPs, trained {effort.training} steps on {name}; windows of 64 characters"
     seen, held = (one[: effort.sequences, : effort.positions] for one in (seen, held))
@@ -142,7 +145,8 @@ def _weights(found: Decomposition, path: str) -> Tensor:
 
 def verified(found: Decomposition, case: Case, effort: Effort, nulls: bool) -> dict[str, Any]:
     """Figures on inputs that the run has not seen, with the report in full."""
-    steps, restarts, inputs = effort.attack
+    steps, restarts, rows = effort.attack
+    inputs = max(1, rows // case.held.shape[1])
     one = found.verify([case.held], steps=steps, restarts=restarts, inputs=inputs, nulls=nulls, bound=False)
     figures = {
         "L0": one.ours.active,
@@ -162,7 +166,7 @@ def verified(found: Decomposition, case: Case, effort: Effort, nulls: bool) -> d
 
 def compared(found: Decomposition, case: Case, effort: Effort) -> dict[str, Any]:
     """A decomposition beside other methods."""
-    beside = compare(found, [case.tokens], effort.methods, evaluate=[case.held[: effort.attack[2]]])
+    beside = compare(found, [case.tokens], effort.methods, evaluate=[case.held[: effort.beside]])
     return {"report": str(beside), "comparison": beside.to_dict()}
 
 
