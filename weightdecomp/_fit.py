@@ -1,7 +1,7 @@
 """The fit: components from the portfolio, and the gates that a given tolerance can afford."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -27,6 +27,7 @@ _ROUNDS = 10  # bisections that the accuracy of a price is worth
 _SCOUT = (4, 1, 4096)  # steps, restarts and inputs of the attack inside the bisection: many inputs, as damage varies
 REVIEW = (20, 3, 2048)  # and of the attack, on held-out inputs, that a result must withstand
 _FALL = 0.2  # how much the fall of density says beside bits: one by e is worth as much as a fifth fewer bits
+_PLAIN = 2 / 3  # work of exemplars over the best member's, each with all of the tolerance, below which they replace it
 _DEARER = 1.1  # bits that a start may cost over those of singular pairs, which refinement takes further than others
 _AGAIN = 3  # further prices where the first one's damage is not near the aim; twice as many until one is affordable
 _LITTLE = 0.85  # share of the aim from which a damage below it is near enough
@@ -102,6 +103,13 @@ def chosen_start(
     size = rows.square().mean(0).sqrt()
     work = {name: _work(members[name].pieces, size, one, tolerance) for name, one in spent.items()}
     best = _best({name: one for name, one in members.items() if spent[name].bits <= _DEARER * spent["svd"].bits}, work)
+    if members[best].fall is None:
+
+        def whole(name: str) -> float:
+            one = _spent(model, sample, site, members[name].pieces, divergence, tolerance, tolerance, spent[name].price)
+            return _work(members[name].pieces, size, one, tolerance)
+
+        best = _plainer(members, best, whole)
     bits = min(one.bits for one in spent.values())
     origin = {"basis": reach.basis, "power": reach.power, "held": members[best].held}
     return Start(best, members[best].pieces, bits, dict(sorted(work.items(), key=lambda item: item[1])), origin)
@@ -115,6 +123,21 @@ def _best(members: Mapping[str, Member], work: Mapping[str, float]) -> str:
         # Work hardly tells one exemplar more or less; where the density falls most, the mechanisms end.
         best = min(falls, key=lambda name: work[name] / falls[name] ** _FALL)
     return best
+
+
+def _plainer(members: Mapping[str, Member], best: str, whole: Callable[[str], float]) -> str:
+    """Exemplars that stand out where the site may do all of the damage, else the best member.
+
+    Where inputs carry more than their mechanisms (what earlier layers leave of switched-off ones), lines that many of
+    them share are dear at a small damage, since all the rest is then needed as well.
+    """
+    least = whole(best)
+    if not least:  # which does without the site altogether
+        return best
+    found = {name: whole(name) for name, one in members.items() if one.fall is not None}
+    if not found or min(found.values()) >= _PLAIN * least:
+        return best
+    return _best({name: members[name] for name in found}, found)
 
 
 class _Spent(NamedTuple):
