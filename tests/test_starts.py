@@ -17,6 +17,7 @@ from weightdecomp._starts import (
     exemplars,
     row_line_start,
     row_start,
+    singular_starts,
     svd_start,
 )
 
@@ -217,7 +218,8 @@ def test_directions_that_nothing_reads_come_last():
 def test_the_portfolio_keeps_within_the_capacity():
     matrix, rows = site(3, 6, 3, 3, seed=0)
 
-    found = coordinate_starts(matrix, Reach(matrix, rows), most=4)
+    reach = Reach(matrix, rows)
+    found = singular_starts(reach, drawn(8, len(matrix))) | coordinate_starts(matrix, reach, most=4)
 
-    assert set(found) == {"columns"}
+    assert set(found) == {"svd", "svd by effect", "columns"}
     assert all(pieces.n <= 4 for pieces in found.values())

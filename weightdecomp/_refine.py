@@ -216,8 +216,8 @@ class Refiner:
                 for own, name in ((x, f"factor.{i}"), (mean, f"moment.{i}.0"), (square, f"moment.{i}.1")):
                     local(own).copy_(local(sharded(state[name].to(own.device))))
                 count.copy_(state[f"moment.{i}.2"])
-        self.sources = {path: state[f"source.{path}"].clone() for path in self.sources}
-        self.slopes = {path: state[f"slope.{path}"].clone() for path in self.slopes}
+        for kind, pool in (("source", self.sources), ("slope", self.slopes)):
+            pool |= {path: state[f"{kind}.{path}"].to(own.device, copy=True) for path, own in pool.items()}
         self.rng.set_state(state["rng"])
 
 

@@ -21,7 +21,7 @@ from weightdecomp._sharded import stored
 
 _BETTER = 0.99  # a round must save at least one bit in a hundred to be kept
 _PATIENCE = 2  # rounds in a row that may fail before refinement ends
-_FEWEST = 8  # inputs of many rows in a step: one for each source of the adversary's pool
+_FEWEST = 8  # inputs of many rows in a step: four for each source of the adversary's pool
 
 
 class Refined(NamedTuple):
