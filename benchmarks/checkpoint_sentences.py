@@ -38,7 +38,7 @@ class Settings(NamedTuple):
 
 
 _REGIMES = ("stochastic", "gates", "adversarial")
-SMOKE = Settings(24, 8, 8, 2, wd.Config(steps=1, batch=4, sample=64, rounds=1))
+SMOKE = Settings(40, 8, 8, 2, wd.Config(steps=1, batch=4, sample=64, rounds=1))
 
 
 class LastLayer(nn.Module):
