@@ -10,7 +10,7 @@ class Config:
     """Settings of a decomposition. None of them needs tuning for a task.
 
     Attributes:
-        steps: Gradient steps that refine the components after the closed-form starts; 0 keeps the starts.
+        steps: Gradient steps at most that refine the components after the closed-form starts; 0 keeps the starts.
         batch: Rows (inputs or positions) in a step.
         sample: Rows (inputs or positions) that thresholds are computed on.
         capacity: Most components a site may have, as a multiple of the smaller side of its matrix.
@@ -19,13 +19,13 @@ class Config:
         rounds: How often the thresholds are recomputed during the steps.
     """
 
-    steps: int = 600
+    steps: int = 1200
     batch: int = 1024
     sample: int = 4096
     capacity: float = 8.0
     rate: float = 0.01
     adversarial: float = 0.5
-    rounds: int = 6
+    rounds: int = 12
 
     def __post_init__(self) -> None:
         """Refuse values that no run can use."""

@@ -119,7 +119,7 @@ def decompose(
         ablation = Ablation(model, found, begun.pieces, metric, {}, processes)
         best = refined(ablation, begun.frames, sample, tolerance, config, seed, bar, saved)
         bar.now("null")
-        null = null_effort(model, sample, found, metric, tolerance, config, seed, processes)
+        null = null_effort(model, sample, found, metric, tolerance, config, seed, spent, processes)
         on = {path: processes.rows(rows.byte()) > 0 for path, rows in activity(best.gated.importances).items()}
         parts = _parts(best, frequencies(best.gated.importances, processes), begun.names)
         dense = value_bits(tolerance) * sum(_rank(own) for own in begun.pieces.values())

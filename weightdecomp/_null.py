@@ -16,6 +16,7 @@ from weightdecomp._sample import NoEffect, Sample, taken, without
 from weightdecomp._sites import Site, bound_site, put_weight
 
 _DRAWS = 2  # random models
+_CLEAR = 1.5  # times cheaper or dearer than the first one, from which it is not asked twice
 _ROWS = 4096  # rows (inputs or positions) that a random model is priced on, of all its inputs and at least of a few
 _FEWEST = 16
 _STREAM = 7919  # apart from every seed a user is likely to have made a model with
@@ -58,11 +59,13 @@ def null_effort(
     tolerance: float,
     config: Config,
     seed: int,
+    spent: float,
     processes: Processes = ALONE,
 ) -> float | None:
     """Mean effort of random models at the same tolerance: what architecture and data alone would cost.
 
-    None where no random model does anything, so that none has a cost: thresholds that only trained weights reach.
+    One model is enough where its effort is far from what the target `spent`. None where no random model does
+    anything, so that none has a cost: thresholds that only trained weights reach.
 
     A network that learnt nothing costs as much per bit of its behaviour as another random one; only what is cheaper
     than that is a mechanism. Source: ours.
@@ -83,4 +86,6 @@ def null_effort(
         starts = [chosen_start(twin, sample, site, divergence, tolerance, config, share) for site in own]
         bits = torch.tensor(sum(start.bits for start in starts), dtype=torch.float64)
         found.append(effort(twin, sample, twins, float(processes.sum(bits)), tolerance))
+        if spent > _CLEAR * found[-1] or found[-1] > _CLEAR * spent:
+            break
     return sum(found) / len(found) if found else None
