@@ -40,9 +40,10 @@ from benchmarks.speed import Transformer
 from weightdecomp import Config
 from weightdecomp._attack import Ablation
 from weightdecomp._divergence import choose
-from weightdecomp._fit import Gatekeeper, Start, chosen_start
+from weightdecomp._fit import Start, chosen_start
 from weightdecomp._forward import recorded
 from weightdecomp._frame import Frame, frame
+from weightdecomp._gatekeeper import Gatekeeper
 from weightdecomp._pieces import Pieces
 from weightdecomp._processes import Processes, job, local
 from weightdecomp._refine import Refiner

@@ -33,10 +33,11 @@ def _told(task: Task) -> tuple[str, ...]:
 
 
 def _cell(found: Sequence[dict[str, Any]], bar: float) -> str:
+    if not found:
+        return '<td class="none" title="not run yet"></td>'
     shown = [one for one in found if "score" in one]
     if not shown:
-        reason = next((one["reason"] for one in found if one["reason"]), "not run yet")
-        return f'<td class="none" title="{escape(reason)}">n/a</td>'
+        return f'<td class="none" title="{escape(found[0]["reason"])}">n/a</td>'
     score = statistics.median(one["score"] for one in shown)
     lines = "".join(f"<div>{_caption(one)}{_bars(one, bar)}</div>" for one in shown)
     kind = "yes" if score >= bar else "no"
@@ -83,9 +84,10 @@ def _line(values: Sequence[int], color: str, width: float) -> str:
 _ABOUT = (
     "A number is the median over seeds of causal-effect matching: per mechanism, how much of the change that deleting "
     "it makes is reproduced by taking out one group of the method's units, groups disjoint; 1 is exact. Green: at "
-    "least 0.95. Of every baseline the best setting of its grid is shown, of ours the one default. Click a number: "
-    "a bar a mechanism and seed; below, each mechanism's exact effect (grey band) over some inputs, and what the first "
-    "seed's units found of it (black line)."
+    "least 0.95; n/a: the method does not apply, for the reason that the pointer shows; blank: not run yet. Of every "
+    "baseline the best setting of its grid is shown, of ours the one default. Click a number: a bar a mechanism and "
+    "seed; below, each mechanism's exact effect (grey band) over some inputs, and what the first seed's units found of "
+    "it (black line)."
 )
 _STYLE = """
 body { font: 15px/1.45 system-ui, sans-serif; color: #1a1a1a; margin: 2rem; padding: 0 1rem }

@@ -100,14 +100,15 @@ def joined(found: Sequence[dict[str, Any]], records: Sequence[Sequence[dict[str,
 
 
 def summary(found: Sequence[dict[str, Any]]) -> str:
-    """Tasks by methods: median score over seeds."""
+    """Tasks by methods: median score over seeds; n/a where a method does not apply, nothing where it was not run."""
     methods = list(dict.fromkeys(one["method"] for one in found))
     rows = []
     for method in methods:
         row = [method]
         for task in TASKS:
-            scores = [r["score"] for r in found if (r["task"], r["method"]) == (task.name, method) and "score" in r]
-            row.append(spread(scores).text(".2f") if scores else "n/a")
+            own = [one for one in found if (one["task"], one["method"]) == (task.name, method)]
+            scores = [one["score"] for one in own if "score" in one]
+            row.append(spread(scores).text(".2f") if scores else "n/a" if own else "")
         rows.append(row)
     return table(["method", *(task.name for task in TASKS)], rows)
 

@@ -50,11 +50,12 @@ def types_unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def short(monkeypatch: pytest.MonkeyPatch) -> None:
     """Short attacks and one null, for runs that are not asked how good their result is."""
-    from weightdecomp import _fit, _null
+    from weightdecomp import _gatekeeper, _null, _trade
 
-    monkeypatch.setattr(_fit, "REVIEW", (4, *_fit.REVIEW[1:]))
-    monkeypatch.setattr(_fit, "_SCOUT", (2, *_fit._SCOUT[1:]))
-    monkeypatch.setattr(_fit, "_ROUNDS", 4)
+    monkeypatch.setattr(_gatekeeper, "REVIEW", (4, *_gatekeeper.REVIEW[1:]))
+    monkeypatch.setattr(_gatekeeper, "_SCOUT", (2, *_gatekeeper._SCOUT[1:]))
+    monkeypatch.setattr(_gatekeeper, "_PLAY", (2, 2))
+    monkeypatch.setattr(_trade, "_ROUNDS", 4)
     monkeypatch.setattr(_null, "_DRAWS", 1)
 
 

@@ -287,9 +287,9 @@ def test_matrices_that_the_user_left_out_are_one_line(quick: None):
 
 
 def test_an_unmet_tolerance_is_a_named_warning_and_part_of_the_result(monkeypatch: pytest.MonkeyPatch, quick: None):
-    from weightdecomp import _fit
+    from weightdecomp import _gatekeeper
 
-    monkeypatch.setattr(_fit.Gatekeeper, "_damage", lambda self, price, attack: 0.5)
+    monkeypatch.setattr(_gatekeeper.Gatekeeper, "_damage", lambda self, price, attack: 0.5)
 
     with pytest.warns(wd.NumericalWarning, match="0.5000 after .* above the tolerance 0.02"):
         decomposition = wd.decompose(mlp(), [sparse(64, 5)], config=QUICK, progress=False)

@@ -12,10 +12,11 @@ from torch.testing import assert_close
 from tests.models import Calls, case, drawn, seeded
 from weightdecomp import _effects
 from weightdecomp._divergence import kl, mse
-from weightdecomp._effects import Trade, effects, highest_price, opened, sensitivities
+from weightdecomp._effects import effects, sensitivities
 from weightdecomp._forward import inner_activations, masked, recorded
 from weightdecomp._pieces import Pieces, rank_one_pieces
 from weightdecomp._sites import find_sites
+from weightdecomp._trade import Trade, highest_price, opened
 
 
 def estimated(model: nn.Module, x: Tensor, path: str, pieces: Pieces) -> Tensor:

@@ -41,7 +41,7 @@ import torch
 
 import weightdecomp as wd
 from tests.models import QUICK, Calls, drawn, ids, mlp, seeded, sparse
-from weightdecomp import _checkpoint, _fit, _null
+from weightdecomp import _checkpoint, _gatekeeper, _null, _trade
 from weightdecomp._processes import Processes, job, local
 
 
@@ -101,7 +101,7 @@ def exchanged(group):
 
 
 def sharded(group, checkpoint):
-    _fit.REVIEW, _fit._SCOUT, _fit._ROUNDS, _null._DRAWS = (4, 1, 64), (2, 1, 64), 6, 1
+    _gatekeeper.REVIEW, _gatekeeper._SCOUT, _trade._ROUNDS, _null._DRAWS = (4, 1, 64), (2, 1, 64), 6, 1
     _checkpoint._LEAST, _checkpoint._SHARE = 0.0, 1e9
     call = {"config": wd.Config(steps=20, sample=256, batch=32, rounds=2), "seed": 2, "progress": False}
     found = wd.decompose(model(), inputs(), group=group, shard=True, checkpoint=checkpoint, **call)

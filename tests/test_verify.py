@@ -17,11 +17,11 @@ from weightdecomp._attack import Ablation, Part, attacked
 from weightdecomp._batches import Batch, read_batches
 from weightdecomp._climb import Climb
 from weightdecomp._divergence import Divergence, choose
-from weightdecomp._effects import opened
 from weightdecomp._forward import Masks, Record
 from weightdecomp._pieces import Pieces, rank_one_pieces
 from weightdecomp._regimes import ladder
 from weightdecomp._sites import Site, find_sites
+from weightdecomp._trade import opened
 from weightdecomp._verify import Verification, verification
 
 OPEN, CLOSED = -math.inf, math.inf

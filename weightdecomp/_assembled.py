@@ -12,7 +12,7 @@ from weightdecomp._check import checked
 from weightdecomp._circuits import activity, grouped
 from weightdecomp._config import Config
 from weightdecomp._decomposition import Decomposition, Outcome, Parts
-from weightdecomp._fit import Gatekeeper, frequencies
+from weightdecomp._gatekeeper import Gatekeeper, frequencies
 from weightdecomp._ledger import value_bits
 from weightdecomp._pieces import Pieces, rank_one_pieces
 from weightdecomp._sample import taken

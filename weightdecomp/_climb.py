@@ -57,6 +57,11 @@ class Climb:
         self.sources[over] = self._start(over)
         self._top[over], self._failed[over] = -1.0, 0
 
+    def worst(self) -> Float[Tensor, "group source"]:
+        """The sources with the highest value so far of all restarts, for each group."""
+        groups = torch.arange(self.best.shape[1], device=self.best.device)
+        return self._best_sources[self.best.argmax(0), groups]
+
     def _partial(self, rows: Bool[Tensor, "restart group"]) -> Float[Tensor, "row source"]:
         """A random half, quarter ... of the changes that failed together."""
         base, goal = self._base[rows], self._goal[rows]
@@ -65,7 +70,7 @@ class Climb:
     def _start(self, rows: Bool[Tensor, "restart group"]) -> Float[Tensor, "row source"]:
         """A vertex anywhere, with a random share of ones, or one near the best of all restarts."""
         group = rows.nonzero()[:, 1]
-        near = self._best_sources[self.best.argmax(0)[group], group]
+        near = self.worst()[group]
         near = torch.where(self._rand(near.shape) < _FLIPPED * self._rand((len(group), 1)), 1 - near, near)
         anywhere = (self._rand(near.shape) < self._rand((len(group), 1))).to(near.dtype)
         return torch.where(self._rand((len(group), 1)) < _FRESH, anywhere, near)

@@ -31,8 +31,9 @@ from weightdecomp._circuits import activity, grouped
 from weightdecomp._config import Config
 from weightdecomp._decomposition import Decomposition, Outcome, Parts
 from weightdecomp._divergence import Divergence
-from weightdecomp._fit import REVIEW, Gated, Start, chosen_start, frequencies
+from weightdecomp._fit import Start, chosen_start
 from weightdecomp._frame import Frame, frame
+from weightdecomp._gatekeeper import REVIEW, Gated, frequencies
 from weightdecomp._ledger import value_bits
 from weightdecomp._null import effort, null_effort
 from weightdecomp._pieces import Pieces

@@ -16,12 +16,12 @@ from weightdecomp._circuits import Circuit, Member, circuit
 from weightdecomp._config import Config
 from weightdecomp._divergence import Divergence
 from weightdecomp._edit import Selection, edited
-from weightdecomp._effects import opened
 from weightdecomp._forward import Masks, Record, masked, recorded
 from weightdecomp._ledger import Ledger
 from weightdecomp._pieces import Pieces
 from weightdecomp._sites import Site, Skipped
 from weightdecomp._summary import summary
+from weightdecomp._trade import opened
 
 if TYPE_CHECKING:
     from weightdecomp._verify import Verification

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from weightdecomp._curve import Point
 from weightdecomp._decomposition import Component, Decomposition
-from weightdecomp._fit import REVIEW
+from weightdecomp._gatekeeper import REVIEW
 from weightdecomp._regimes import ON, Figure, Ladder
 from weightdecomp._verification import Verification
 

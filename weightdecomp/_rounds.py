@@ -11,8 +11,8 @@ from weightdecomp._attack import Ablation
 from weightdecomp._batches import Batch, select, size, tensors
 from weightdecomp._checkpoint import Checkpoint
 from weightdecomp._config import Config
-from weightdecomp._fit import Gated, Gatekeeper
 from weightdecomp._frame import Frame
+from weightdecomp._gatekeeper import Gated, Gatekeeper
 from weightdecomp._pieces import Pieces
 from weightdecomp._progress import Progress
 from weightdecomp._refine import Refiner

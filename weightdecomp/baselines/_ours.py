@@ -4,8 +4,8 @@ import torch
 from torch import Tensor
 
 from weightdecomp._decomposition import Decomposition, Parts
-from weightdecomp._effects import opened
 from weightdecomp._sites import Site
+from weightdecomp._trade import opened
 from weightdecomp.baselines._bank import Bank, Fitted
 
 

@@ -1,0 +1,203 @@
+"""The gatekeeper: gates at the highest price of an open one that the tolerance can afford under attack."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from weightdecomp._attack import Ablation, Part, attacked, strongest
+from weightdecomp._batches import Batch, select, size, tensors
+from weightdecomp._blame import blamed
+from weightdecomp._effects import alone
+from weightdecomp._forward import Masks, inner_activations, masked, recorded
+from weightdecomp._ledger import Ledger, price
+from weightdecomp._processes import ALONE, Processes
+from weightdecomp._sample import Sample, ablated_entirely
+from weightdecomp._trade import Trade, affordable, excess, frequency, n_rows, opened, traded
+
+_SCOUT = (4, 1, 4096)  # steps, restarts and inputs of the attack inside the bisection: many inputs, as damage varies
+_PLAY = (20, 2)  # steps and restarts of each attack whose blame gates are chosen by
+_PLAYS = 3  # such attacks, each on the gates that those before have led to
+REVIEW = (20, 3, 2048)  # and of the attack, on held-out inputs, that a result must withstand
+_AGAIN = 3  # further prices where the first one's damage is not near the aim; twice as many until one is affordable
+_LITTLE = 0.85  # share of the aim from which a damage below it is near enough
+_SLOPE = 1.5  # power of the price by which damage usually rises
+_SLOPES = (0.5, 4.0)  # and least and largest that are believed
+_SHARE = 0.85  # share of the tolerance aimed at, so that longer attacks on other inputs still meet it
+
+
+Hits = dict[str, list[Tensor]]  # per site and call, divergence per input and component, in the shape of importances
+
+
+class Gated(NamedTuple):
+    """Gates of all sites and what they cost.
+
+    Attributes:
+        thresholds: Per site, where each arm opens.
+        importances: On the sample.
+        price: Divergence that one open gate on one input was worth.
+        damage: Adversarial damage under the run's own review attack.
+        ledger: Bits of the sample.
+    """
+
+    thresholds: dict[str, Float[Tensor, "arm=2 component"]]
+    importances: Masks
+    price: float
+    damage: float
+    ledger: Ledger
+
+
+class Attacked(NamedTuple):
+    """Inputs of an attack: the target's output, every component's contributions, and what a damage of 1 is there."""
+
+    batch: Batch
+    target: Any
+    sizes: dict[str, list[Tensor]]
+    nothing: float
+    attack: tuple[int, int, int]
+
+
+class Gatekeeper:
+    """Finds the highest price of an open gate at which the adversarial damage still meets the tolerance."""
+
+    def __init__(self, ablation: Ablation, sample: Sample, tolerance: float, seed: int) -> None:
+        """Compute every component's activations and effects on the sample."""
+        self.ablation, self.sample, self.tolerance, self.seed = ablation, sample, tolerance, seed
+        with torch.no_grad():
+            self.reviewed = self._attacked(sample.held, REVIEW)
+        self.sizes: dict[str, list[Tensor]] = {}
+        self.alone: Hits = {}
+        with torch.no_grad():
+            for site in ablation.sites:
+                pieces = ablation.pieces[site.path]
+                inner = inner_activations(sample.record, site, pieces)
+                self.sizes[site.path] = [pieces.activations(h) for h in inner]
+                self.alone[site.path] = alone(pieces, inner, sample.sensitivity[site.path])
+        self.trades = self._trades(self.alone)
+
+    def _trades(self, hits: Hits) -> dict[str, Trade]:
+        processes = self.ablation.processes
+        return {path: traded(self.sizes[path], calls, processes) for path, calls in hits.items()}
+
+    def _attacked(self, batch: Batch, attack: tuple[int, int, int]) -> Attacked:
+        """The inputs that one of the attacks uses, with the target's output and the contributions on them."""
+        processes = self.ablation.processes
+        first = processes.count(min(attack[2], processes.total(size(batch))))
+        index = torch.arange(first, device=tensors(batch)[0].device)
+        record = recorded(self.ablation.model, select(batch, index), self.ablation.sites)
+        sizes = {}
+        for site in self.ablation.sites:
+            pieces = self.ablation.pieces[site.path]
+            sizes[site.path] = [pieces.activations(h) for h in inner_activations(record, site, pieces)]
+        nothing = ablated_entirely(
+            self.ablation.model, select(batch, index), self.ablation.sites, self.ablation.divergence, record.output
+        )
+        # Few inputs may be ones on which nothing matters; damage is then a share of what it is on the others.
+        scale = float(processes.mean(nothing)) or self.sample.nothing
+        return Attacked(select(batch, index), record.output, sizes, scale, attack)
+
+    def gates(self, near: float | None = None) -> Gated:
+        """Seek the price at which the damage under a longer attack on held-out inputs is near what is aimed at.
+
+        Args:
+            near: A price of similar components, to begin at; None begins where a short attack does the damage.
+        """
+        aim = _SHARE * self.tolerance
+        first = self._affordable(aim) if near is None else near
+        self._harden(first)
+        tried = [self.at(first)]
+        while not self._enough(aim, tried):
+            price, known = _price_of(aim, tried), min(one.price for one in tried)
+            # Damage that rises in steps is on no power law.
+            tried.append(self.at(price if self._within(tried) else min(price, known / 2)))
+        within = self._within(tried)
+        return max(within, key=lambda one: one.price) if within else min(tried, key=lambda one: one.price)
+
+    def _harden(self, price: float) -> None:
+        """Let components count half for what they do alone, half for the most that an attack blames on them.
+
+        Alone, each may do little where many together, as an adversary chooses them, set off what was to stay off.
+        """
+        rng = torch.Generator(device=tensors(self.sample.batch)[0].device).manual_seed(self.seed)
+        (steps, restarts), sources = _PLAY, None
+        worst = _combined(lambda x, _: torch.zeros_like(x), self.alone, self.alone)
+        for _ in range(_PLAYS):
+            with torch.no_grad():
+                part = Part(self.sample.batch, self.sample.record.output, self._opened(price)[1])
+            sources = attacked(self.ablation, [part], [steps], restarts, False, rng, begin=sources).sources
+            worst = _combined(torch.maximum, worst, blamed(self.ablation, part, sources))
+            self.trades = self._trades(_combined(lambda x, y: (x + y) / 2, self.alone, worst))
+
+    def _within(self, tried: Sequence[Gated]) -> list[Gated]:
+        return [one for one in tried if one.damage <= self.tolerance]
+
+    def _enough(self, aim: float, tried: Sequence[Gated]) -> bool:
+        """Whether some damage is within the tolerance and not far below the aim, or enough prices were tried."""
+        within = self._within(tried)
+        if not within:
+            return len(tried) > 2 * _AGAIN
+        return len(tried) > _AGAIN or max(one.damage for one in within) >= _LITTLE * aim
+
+    def at(self, price: float) -> Gated:
+        """The gates of a known price, with their damage and their bits."""
+        return Gated(*self._opened(price), price, self._damage(price, self.reviewed), self._ledger(price))
+
+    def _affordable(self, limit: float) -> float:
+        """The highest price at which a short attack does no more damage than the limit."""
+        with torch.no_grad():
+            scouted = self._attacked(self.sample.batch, _SCOUT)
+
+        def damage(price: float) -> float:
+            return self._damage(price, scouted)
+
+        return affordable(damage, limit, max(trade.typical for trade in self.trades.values()))
+
+    def _opened(self, price: float) -> tuple[dict[str, Tensor], Masks]:
+        thresholds = {path: trade.thresholds(price) for path, trade in self.trades.items()}
+        return thresholds, {path: [opened(a, thresholds[path]) for a in calls] for path, calls in self.sizes.items()}
+
+    def _damage(self, price: float, on: Attacked) -> float:
+        steps, restarts, _ = on.attack
+        thresholds = {path: trade.thresholds(price) for path, trade in self.trades.items()}
+        masks = {path: [opened(a, thresholds[path]) for a in calls] for path, calls in on.sizes.items()}
+        rng = torch.Generator(device=tensors(on.batch)[0].device).manual_seed(self.seed)
+        found = strongest(self.ablation, on.batch, on.target, masks, [steps], restarts, False, rng)
+        return float(found.max()) / on.nothing
+
+    def _ledger(self, best: float) -> Ledger:
+        importances = self._opened(best)[1]
+        sites, processes = self.ablation.sites, self.ablation.processes
+        masks = {path: [g + (1 - g) / 2 for g in calls] for path, calls in importances.items()}
+        with torch.no_grad():
+            output = masked(self.ablation.model, self.sample.batch, sites, self.ablation.pieces, masks)
+            divergence = float(processes.mean(self.ablation.divergence(output, self.sample.record.output)))
+        return price(
+            max(processes.total(n_rows(calls)) for calls in importances.values()),
+            self.tolerance,
+            [frequency(importances[site.path], processes) for site in sites],
+            [self.ablation.pieces[site.path].ranks() for site in sites],
+            [site.shape for site in sites],
+            divergence,
+        )
+
+
+def _combined(two: Callable[[Tensor, Tensor], Tensor], one: Hits, other: Hits) -> Hits:
+    return {path: [two(x, y) for x, y in zip(calls, other[path], strict=True)] for path, calls in one.items()}
+
+
+def _price_of(aim: float, tried: Sequence[Gated]) -> float:
+    """Where the damage should be the aim: on the power law through the two nearest tries, or of a usual slope."""
+    one, *others = sorted(tried, key=lambda one: abs(excess(one.damage, aim)))
+    slope = _SLOPE
+    if others and others[0].price != one.price:
+        rise = excess(others[0].damage, aim) - excess(one.damage, aim)
+        slope = min(max(rise / math.log(others[0].price / one.price), _SLOPES[0]), _SLOPES[1])
+    return one.price * math.exp(-excess(one.damage, aim) / slope)
+
+
+def frequencies(importances: Masks, processes: Processes = ALONE) -> Mapping[str, Float[Tensor, " component"]]:
+    """Share of the sample's rows on which each component is active."""
+    return {path: frequency(calls, processes) for path, calls in importances.items()}
