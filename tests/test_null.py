@@ -5,6 +5,7 @@ from tests.models import mlp, sparse
 from weightdecomp import _null
 from weightdecomp._config import Config
 from weightdecomp._divergence import named
+from weightdecomp._fit import chosen_start, least_bits
 from weightdecomp._sample import taken
 from weightdecomp._sites import find_sites
 
@@ -25,3 +26,13 @@ def test_a_second_random_model_is_asked_where_the_first_is_close(
 
     assert len(efforts) == models
     assert (found == known) == (models == 1)
+
+
+def test_random_models_are_priced_as_starts_are():
+    model, batch, mse = mlp(), sparse(256, 5), named("mse", "")
+    sites, _ = find_sites(model, batch, None)
+    sample = taken(model, [batch], sites, mse, 128, torch.Generator().manual_seed(0))
+
+    for site in sites:
+        given = (model, sample, site, mse, 0.02, Config(), 0.01)
+        assert least_bits(*given) == chosen_start(*given).bits

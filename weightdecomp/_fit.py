@@ -57,6 +57,75 @@ def chosen_start(
     Damages of sites that are masked together about add up, so that the share of each is the tolerance over their
     number. What costs the ledger clearly more bits than singular pairs is no candidate, however few wires it has.
     """
+    reach, members, spent, size = _priced(model, sample, site, divergence, tolerance, config, share)
+    work = {name: _work(members[name].pieces, size, one, tolerance) for name, one in spent.items()}
+    best = _best({name: one for name, one in members.items() if spent[name].bits <= _DEARER * spent["svd"].bits}, work)
+    if members[best].fall is None:
+
+        def whole(name: str) -> float:
+            one = _spent(model, sample, site, members[name].pieces, divergence, tolerance, tolerance, spent[name].price)
+            return _work(members[name].pieces, size, one, tolerance)
+
+        best = _plainer(members, best, whole)
+    origin = {"basis": reach.basis, "power": reach.power, "held": members[best].held}
+    ordered = dict(sorted(work.items(), key=lambda item: item[1]))
+    return Start(best, members[best].pieces, _least(spent), ordered, origin)
+
+
+@torch.no_grad()
+def least_bits(
+    model: nn.Module,
+    sample: Sample,
+    site: Site,
+    divergence: Divergence,
+    tolerance: float,
+    config: Config,
+    share: float,
+) -> float:
+    """Naming and values per input of the portfolio's cheapest member: `chosen_start(...).bits`, without a choice."""
+    return _least(_priced(model, sample, site, divergence, tolerance, config, share).spent)
+
+
+class _Spent(NamedTuple):
+    """What one site's pieces cost at the gates that its share of the tolerance affords under zero-ablation.
+
+    Attributes:
+        frequency: Of every component.
+        bits: Naming and values per input. The dictionary is left out: it is paid once, and every member of the
+            portfolio stores the same weight.
+        price: Divergence that one open gate on one input was worth.
+    """
+
+    frequency: Float[Tensor, " component"]
+    bits: float
+    price: float
+
+
+class _Priced(NamedTuple):
+    """The portfolio of a site with what each member costs.
+
+    Attributes:
+        reach: The span of the site's inputs.
+        members: By name.
+        spent: By name, singular pairs first.
+        size: Root mean square of the inputs.
+    """
+
+    reach: Reach
+    members: dict[str, Member]
+    spent: dict[str, _Spent]
+    size: Float[Tensor, " d_in"]
+
+
+def _priced(
+    model: nn.Module,
+    sample: Sample,
+    site: Site,
+    divergence: Divergence,
+    tolerance: float,
+    config: Config,
+    share: float,
+) -> _Priced:
     matrix = site.matrix()
     rows, hits = site_rows(model, sample, site, divergence)
     reach = Reach(matrix, rows)
@@ -70,19 +139,11 @@ def chosen_start(
     for name, one in members.items():
         if name not in spent:
             spent[name] = _spent(model, sample, site, one.pieces, divergence, tolerance, share, first.price)
-    size = rows.square().mean(0).sqrt()
-    work = {name: _work(members[name].pieces, size, one, tolerance) for name, one in spent.items()}
-    best = _best({name: one for name, one in members.items() if spent[name].bits <= _DEARER * spent["svd"].bits}, work)
-    if members[best].fall is None:
+    return _Priced(reach, members, spent, rows.square().mean(0).sqrt())
 
-        def whole(name: str) -> float:
-            one = _spent(model, sample, site, members[name].pieces, divergence, tolerance, tolerance, spent[name].price)
-            return _work(members[name].pieces, size, one, tolerance)
 
-        best = _plainer(members, best, whole)
-    bits = min(one.bits for one in spent.values())
-    origin = {"basis": reach.basis, "power": reach.power, "held": members[best].held}
-    return Start(best, members[best].pieces, bits, dict(sorted(work.items(), key=lambda item: item[1])), origin)
+def _least(spent: Mapping[str, _Spent]) -> float:
+    return min(one.bits for one in spent.values())
 
 
 def _best(members: Mapping[str, Member], work: Mapping[str, float]) -> str:
@@ -108,21 +169,6 @@ def _plainer(members: Mapping[str, Member], best: str, whole: Callable[[str], fl
     if not found or min(found.values()) >= _PLAIN * least:
         return best
     return _best({name: members[name] for name in found}, found)
-
-
-class _Spent(NamedTuple):
-    """What one site's pieces cost at the gates that its share of the tolerance affords under zero-ablation.
-
-    Attributes:
-        frequency: Of every component.
-        bits: Naming and values per input. The dictionary is left out: it is paid once, and every member of the
-            portfolio stores the same weight.
-        price: Divergence that one open gate on one input was worth.
-    """
-
-    frequency: Float[Tensor, " component"]
-    bits: float
-    price: float
 
 
 def _spent(
