@@ -3,8 +3,9 @@
 1. Read the sample inputs and find the sites; refuse what cannot be decomposed, by name.
 2. Record the target on a sample: outputs, site inputs, and how sensitive the output is to each site.
 3. Choose a start for every site: exact decompositions made in closed form, the ledger deciding.
-4. Open the gates: per component the exact minimiser of damage + price x openings; the highest price is sought at
-   which the adversarial damage meets the tolerance. There is no sparsity coefficient.
+4. Open the gates: per component the exact minimiser of damage + price x openings, damage being what ablating it does
+   alone and what attacks on the gates blame on it; the highest price is sought at which the adversarial damage meets
+   the tolerance. There is no sparsity coefficient.
 5. Refine: gradient steps on the components under random and adversarial ablations, exact at every moment; after every
    round the gates are recomputed, and the round is kept only if the ledger got smaller.
 6. Price a null (weights of the same norms in random directions), group components into circuits, and return.
