@@ -23,6 +23,7 @@ _PLAY = (20, 2)  # steps and restarts of each attack whose blame gates are chose
 _PLAYS = 3  # such attacks, each on the gates that those before have led to
 REVIEW = (20, 3, 2048)  # and of the attack, on held-out inputs, that a result must withstand
 _FEWEST = 1e-9  # open gates an input that stand in for none
+_SAME = 1e-4  # relative difference up to which two numbers of open gates are the same
 _AGAIN = 3  # further prices where the first one's damage is not near the aim; twice as many until one is affordable
 _LITTLE = 0.85  # share of the aim from which a damage below it is near enough
 _SLOPE = 1.5  # power of the price by which damage usually rises
@@ -140,8 +141,9 @@ class Gatekeeper:
         return open_gates(self._opened(price)[1], self.ablation.processes)
 
     def _price_opening(self, count: float) -> float:
-        """The price at which so many gates are open an input."""
-        return affordable(lambda price: 1 / max(self._open(price), _FEWEST), 1 / max(count, _FEWEST), self._typical())
+        """The highest price at which so many gates are open an input; rounding must not tell as many from fewer."""
+        least = max((1 - _SAME) * count, _FEWEST)
+        return affordable(lambda price: 1 / max(self._open(price), _FEWEST), 1 / least, self._typical())
 
     def _typical(self) -> float:
         return max(trade.typical for trade in self.trades.values())
