@@ -64,7 +64,8 @@ def assemble(
         pieces[site.path] = rank_one_pieces(reads, writes)
     rng = torch.Generator(device=tensors(kept[0])[0].device).manual_seed(seed)
     sample = taken(model, kept, sites, metric, config.sample, rng)
-    gated = Gatekeeper(Ablation(model, sites, pieces, metric, {}), sample, tolerance, seed).gates()
+    keeper = Gatekeeper(Ablation(model, sites, pieces, metric, {}), sample, tolerance, seed)
+    gated = keeper.hardened(keeper.gates())
     frequency = frequencies(gated.importances)
     parts = {path: _part(own, gated.thresholds[path], frequency[path], start) for path, own in pieces.items()}
     relation = "within" if gated.damage <= tolerance else "above"

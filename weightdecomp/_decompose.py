@@ -3,11 +3,11 @@
 1. Read the sample inputs and find the sites; refuse what cannot be decomposed, by name.
 2. Record the target on a sample: outputs, site inputs, and how sensitive the output is to each site.
 3. Choose a start for every site: exact decompositions made in closed form, the ledger deciding.
-4. Open the gates: per component the exact minimiser of damage + price x openings, damage being what ablating it does
-   alone and what attacks on the gates blame on it; the highest price is sought at which the adversarial damage meets
-   the tolerance. There is no sparsity coefficient.
+4. Open the gates: per component the exact minimiser of damage + price x openings; the highest price is sought at
+   which the adversarial damage meets the tolerance. There is no sparsity coefficient.
 5. Refine: gradient steps on the components under random and adversarial ablations, exact at every moment; after every
-   round the gates are recomputed, and the round is kept only if the ledger got smaller.
+   round the gates are recomputed, and the round is kept only if the ledger got smaller. At the end gates are chosen
+   once more, against what attacks on them blame on each component.
 6. Price a null (weights of the same norms in random directions), group components into circuits, and return.
 
 Not here: training gate networks, choosing a divergence from labels, decomposing vectors.
@@ -110,7 +110,7 @@ def decompose(
         raise ValueError(f"config.batch is {config.batch}, less than one input for each of {processes.n} processes")
     saved = Checkpoint(checkpoint, key, processes)
     rng = torch.Generator(device=tensors(kept[0])[0].device).manual_seed(seed)
-    bar = Progress(len(found) + config.steps + 2, on_step, progress and processes.index == 0)
+    bar = Progress(len(found) + config.steps + 3, on_step, progress and processes.index == 0)
     with bar, _resumable(checkpoint):
         bar.now("recording")
         sample = taken(model, kept, found, metric, config.sample, rng, processes)

@@ -22,8 +22,6 @@ _SCOUT = (4, 1, 4096)  # steps, restarts and inputs of the attack inside the bis
 _PLAY = (20, 2)  # steps and restarts of each attack whose blame gates are chosen by
 _PLAYS = 3  # such attacks, each on the gates that those before have led to
 REVIEW = (20, 3, 2048)  # and of the attack, on held-out inputs, that a result must withstand
-_FEWEST = 1e-9  # open gates an input that stand in for none
-_SAME = 1e-4  # relative difference up to which two numbers of open gates are the same
 _AGAIN = 3  # further prices where the first one's damage is not near the aim; twice as many until one is affordable
 _LITTLE = 0.85  # share of the aim from which a damage below it is near enough
 _SLOPE = 1.5  # power of the price by which damage usually rises
@@ -105,13 +103,23 @@ class Gatekeeper:
         """Seek the price at which the damage under a longer attack on held-out inputs is near what is aimed at.
 
         Args:
-            near: How many gates of similar components were open an input, to begin with as many; None begins where a
-                short attack does the damage.
+            near: A price of similar components, to begin at; None begins where a short attack does the damage.
         """
+        return self._sought(self._affordable(_SHARE * self.tolerance) if near is None else near)
+
+    def hardened(self, found: Gated) -> Gated:
+        """Gates that hold against attacks on these ones, unless such gates only exceed the tolerance.
+
+        Components then count half for what they do alone, half for the most that an attack blames on them. Alone, each
+        may do little where many together, as an adversary chooses them, set off what was to stay off.
+        """
+        self._harden(found.price)
+        other = self._sought(found.price)
+        return found if other.damage > self.tolerance >= found.damage else other
+
+    def _sought(self, first: float) -> Gated:
         aim = _SHARE * self.tolerance
-        near = self._open(self._affordable(aim)) if near is None else near
-        self._harden(near)
-        tried = [self.at(self._price_opening(near))]
+        tried = [self.at(first)]
         while not self._enough(aim, tried):
             price, known = _price_of(aim, tried), min(one.price for one in tried)
             # Damage that rises in steps is on no power law.
@@ -119,34 +127,16 @@ class Gatekeeper:
         within = self._within(tried)
         return max(within, key=lambda one: one.price) if within else min(tried, key=lambda one: one.price)
 
-    def _harden(self, count: float) -> None:
-        """Let components count half for what they do alone, half for the most that an attack blames on them.
-
-        Alone, each may do little where many together, as an adversary chooses them, set off what was to stay off. As
-        many gates are open in every attack, since what components count for, and with it the price, changes.
-        """
+    def _harden(self, price: float) -> None:
         rng = torch.Generator(device=tensors(self.sample.batch)[0].device).manual_seed(self.seed)
         (steps, restarts), sources = _PLAY, None
         worst = _combined(lambda x, _: torch.zeros_like(x), self.alone, self.alone)
         for _ in range(_PLAYS):
             with torch.no_grad():
-                importances = self._opened(self._price_opening(count))[1]
-            part = Part(self.sample.batch, self.sample.record.output, importances)
+                part = Part(self.sample.batch, self.sample.record.output, self._opened(price)[1])
             sources = attacked(self.ablation, [part], [steps], restarts, False, rng, begin=sources).sources
             worst = _combined(torch.maximum, worst, blamed(self.ablation, part, sources))
             self.trades = self._trades(_combined(lambda x, y: (x + y) / 2, self.alone, worst))
-
-    def _open(self, price: float) -> float:
-        """Gates that are open an input at a price."""
-        return open_gates(self._opened(price)[1], self.ablation.processes)
-
-    def _price_opening(self, count: float) -> float:
-        """The highest price at which so many gates are open an input; rounding must not tell as many from fewer."""
-        least = max((1 - _SAME) * count, _FEWEST)
-        return affordable(lambda price: 1 / max(self._open(price), _FEWEST), 1 / least, self._typical())
-
-    def _typical(self) -> float:
-        return max(trade.typical for trade in self.trades.values())
 
     def _within(self, tried: Sequence[Gated]) -> list[Gated]:
         return [one for one in tried if one.damage <= self.tolerance]
@@ -170,7 +160,7 @@ class Gatekeeper:
         def damage(price: float) -> float:
             return self._damage(price, scouted)
 
-        return affordable(damage, limit, self._typical())
+        return affordable(damage, limit, max(trade.typical for trade in self.trades.values()))
 
     def _opened(self, price: float) -> tuple[dict[str, Tensor], Masks]:
         thresholds = {path: trade.thresholds(price) for path, trade in self.trades.items()}
@@ -213,11 +203,6 @@ def _price_of(aim: float, tried: Sequence[Gated]) -> float:
         rise = excess(others[0].damage, aim) - excess(one.damage, aim)
         slope = min(max(rise / math.log(others[0].price / one.price), _SLOPES[0]), _SLOPES[1])
     return one.price * math.exp(-excess(one.damage, aim) / slope)
-
-
-def open_gates(importances: Masks, processes: Processes = ALONE) -> float:
-    """Mean number of open gates an input, or a position of one, over all sites."""
-    return sum(float(frequency(calls, processes).sum()) for calls in importances.values())
 
 
 def frequencies(importances: Masks, processes: Processes = ALONE) -> Mapping[str, Float[Tensor, " component"]]:

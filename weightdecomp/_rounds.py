@@ -12,7 +12,7 @@ from weightdecomp._batches import Batch, select, size, tensors
 from weightdecomp._checkpoint import Checkpoint
 from weightdecomp._config import Config
 from weightdecomp._frame import Frame
-from weightdecomp._gatekeeper import Gated, Gatekeeper, open_gates
+from weightdecomp._gatekeeper import Gated, Gatekeeper
 from weightdecomp._pieces import Pieces
 from weightdecomp._progress import Progress
 from weightdecomp._refine import Refiner
@@ -48,10 +48,10 @@ def refined(
     bar: Progress,
     saved: Checkpoint,
 ) -> Refined:
-    """Open the gates, then refine in rounds until they no longer pay; the cheapest round is the result."""
+    """Open the gates, refine in rounds until they no longer pay, and harden the gates of the cheapest round."""
     known = saved.document
     kept = ablation._replace(pieces=_loaded(saved, "best|", ablation)) if known.get("kept_steps") else ablation
-    near = known.get("near")  # where the best round's gates were sought, so that a resumed run finds the same
+    near = known.get("near")  # where the best round's price was sought, so that a resumed run finds the same
     best = Refined(kept, Gatekeeper(kept, sample, tolerance, seed).gates(near), known.get("kept_steps", 0))
     rng = torch.Generator(device=tensors(sample.batch)[0].device).manual_seed(seed + 1)
     refiner = Refiner(ablation, frames, sample.nothing, config, rng)
@@ -71,11 +71,10 @@ def refined(
         bar.step(step, terms.as_dict())
         if (step + 1) % per_round == 0 or step + 1 == config.steps:
             trial = ablation._replace(pieces=refiner.detached())
-            least = open_gates(best.gated.importances, ablation.processes)
-            gated = Gatekeeper(trial, sample, tolerance, seed).gates(near=least)
+            gated = Gatekeeper(trial, sample, tolerance, seed).gates(near=best.gated.price)
             thresholds, price, failed = gated.thresholds, gated.price, failed + 1
             if _cheaper(gated, best.gated, tolerance):
-                near, best, failed = least, Refined(trial, gated, step + 1), 0
+                near, best, failed = best.gated.price, Refined(trial, gated, step + 1), 0
             if failed == _PATIENCE:
                 break
         # One write for all that a step changed: a run resumed between two would mix two steps.
@@ -83,7 +82,8 @@ def refined(
         known = {"step": step + 1, "kept_steps": best.steps, "failed": failed, "price": price, "near": near}
         saved.keep(gates, known, state=partial(_state, best, refiner))
     saved.keep({}, {"finished": True}, now=True, state=partial(_state, best, refiner))
-    return best
+    bar.now("hardening")
+    return best._replace(gated=Gatekeeper(best.ablation, sample, tolerance, seed).hardened(best.gated))
 
 
 def _state(best: Refined, refiner: Refiner) -> dict[str, torch.Tensor]:
