@@ -99,12 +99,26 @@ def test_gates_hold_against_combinations_of_what_is_harmless_alone():
     pieces = Pieces(torch.eye(N + 4).double(), sites[0].matrix().T.contiguous(), torch.arange(N + 4))
 
     keeper = Gatekeeper(Ablation(model, sites, {"0": pieces}, metric, {}), sample, 0.02, 0)
+    price = keeper.trades["0"].typical / 10
 
-    plain = keeper.gates()
-    hardened = keeper.hardened(plain)
+    alone = keeper.at(price).damage
+    keeper._harden(price)
 
-    assert max(plain.damage, hardened.damage) <= 0.02
-    assert hardened.ledger.values < 0.9 * plain.ledger.values  # none is kept open that attacks do not use
+    assert alone > 0.5 > 0.1 > keeper.at(price).damage
+
+
+def test_hardened_gates_are_within_the_tolerance_or_left_as_they_are(monkeypatch: pytest.MonkeyPatch):
+    ablation, x = guarded(64)
+    sample = taken(ablation.model, [x], ablation.sites, ablation.divergence, 64, torch.Generator().manual_seed(0))
+    keeper = Gatekeeper(ablation, sample, 0.02, 0)
+    found = keeper.gates()
+
+    hardened = keeper.hardened(found)
+    monkeypatch.setattr(Gatekeeper, "_damage", lambda self, price, on: 0.5)
+    exceeding = keeper.hardened(found)
+
+    assert max(found.damage, hardened.damage) <= 0.02
+    assert exceeding is found
 
 
 def test_a_run_withstands_attacks_longer_than_its_own():
