@@ -5,7 +5,7 @@ from tests.models import mlp, sparse
 from weightdecomp import _null
 from weightdecomp._config import Config
 from weightdecomp._divergence import named
-from weightdecomp._fit import chosen_start, least_bits
+from weightdecomp._fit import chosen_start, priced
 from weightdecomp._sample import taken
 from weightdecomp._sites import find_sites
 
@@ -35,4 +35,4 @@ def test_random_models_are_priced_as_starts_are():
 
     for site in sites:
         given = (model, sample, site, mse, 0.02, Config(), 0.01)
-        assert least_bits(*given) == chosen_start(*given).bits
+        assert priced(*given).bits == chosen_start(*given).bits

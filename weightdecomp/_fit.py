@@ -57,7 +57,8 @@ def chosen_start(
     Damages of sites that are masked together about add up, so that the share of each is the tolerance over their
     number. What costs the ledger clearly more bits than singular pairs is no candidate, however few wires it has.
     """
-    reach, members, spent, size = _priced(model, sample, site, divergence, tolerance, config, share)
+    known = priced(model, sample, site, divergence, tolerance, config, share)
+    reach, members, spent, size = known
     work = {name: _work(members[name].pieces, size, one, tolerance) for name, one in spent.items()}
     best = _best({name: one for name, one in members.items() if spent[name].bits <= _DEARER * spent["svd"].bits}, work)
     if members[best].fall is None:
@@ -69,21 +70,7 @@ def chosen_start(
         best = _plainer(members, best, whole)
     origin = {"basis": reach.basis, "power": reach.power, "held": members[best].held}
     ordered = dict(sorted(work.items(), key=lambda item: item[1]))
-    return Start(best, members[best].pieces, _least(spent), ordered, origin)
-
-
-@torch.no_grad()
-def least_bits(
-    model: nn.Module,
-    sample: Sample,
-    site: Site,
-    divergence: Divergence,
-    tolerance: float,
-    config: Config,
-    share: float,
-) -> float:
-    """Naming and values per input of the portfolio's cheapest member: `chosen_start(...).bits`, without a choice."""
-    return _least(_priced(model, sample, site, divergence, tolerance, config, share).spent)
+    return Start(best, members[best].pieces, known.bits, ordered, origin)
 
 
 class _Spent(NamedTuple):
@@ -101,7 +88,7 @@ class _Spent(NamedTuple):
     price: float
 
 
-class _Priced(NamedTuple):
+class Priced(NamedTuple):
     """The portfolio of a site with what each member costs.
 
     Attributes:
@@ -116,8 +103,14 @@ class _Priced(NamedTuple):
     spent: dict[str, _Spent]
     size: Float[Tensor, " d_in"]
 
+    @property
+    def bits(self) -> float:
+        """Naming and values per input of the cheapest member."""
+        return min(one.bits for one in self.spent.values())
 
-def _priced(
+
+@torch.no_grad()
+def priced(
     model: nn.Module,
     sample: Sample,
     site: Site,
@@ -125,7 +118,8 @@ def _priced(
     tolerance: float,
     config: Config,
     share: float,
-) -> _Priced:
+) -> Priced:
+    """Make the portfolio of a site, and price every member at a damage of `share`, this site alone masked."""
     matrix = site.matrix()
     rows, hits = site_rows(model, sample, site, divergence)
     reach = Reach(matrix, rows)
@@ -139,11 +133,7 @@ def _priced(
     for name, one in members.items():
         if name not in spent:
             spent[name] = _spent(model, sample, site, one.pieces, divergence, tolerance, share, first.price)
-    return _Priced(reach, members, spent, rows.square().mean(0).sqrt())
-
-
-def _least(spent: Mapping[str, _Spent]) -> float:
-    return min(one.bits for one in spent.values())
+    return Priced(reach, members, spent, rows.square().mean(0).sqrt())
 
 
 def _best(members: Mapping[str, Member], work: Mapping[str, float]) -> str:

@@ -9,7 +9,7 @@ from torch import nn
 from weightdecomp._batches import select, size, tensors
 from weightdecomp._config import Config
 from weightdecomp._divergence import Divergence, output_tensor
-from weightdecomp._fit import least_bits
+from weightdecomp._fit import priced
 from weightdecomp._ledger import behaviour_bits
 from weightdecomp._processes import ALONE, Processes
 from weightdecomp._sample import NoEffect, Sample, taken, without
@@ -83,7 +83,7 @@ def null_effort(
             continue
         own = processes.own(twins)
         share = tolerance / len(twins)
-        cheapest = [least_bits(twin, sample, site, divergence, tolerance, config, share) for site in own]
+        cheapest = [priced(twin, sample, site, divergence, tolerance, config, share).bits for site in own]
         bits = torch.tensor(sum(cheapest), dtype=torch.float64)
         found.append(effort(twin, sample, twins, float(processes.sum(bits)), tolerance))
         if spent > _CLEAR * found[-1] or found[-1] > _CLEAR * spent:
