@@ -2,9 +2,10 @@
 
 `python -m benchmarks.traps [--smoke | --quick] [--task PATTERN] [--method PATTERN] [--shard i/n]`. A cell is one task,
 method and seed. It is kept in `benchmarks/.cache/traps` under the hash of all that it depends on, the code included, so
-that a run that was stopped goes on, shards share a folder, and nothing stale is shown. Records of other machines or
-commits are shown beside it with `--join FILE`; every cell names its commit. Of a method's grid the best setting is
-reported, chosen by the score itself: the baselines' most favourable reading. Ours has one setting.
+that a run that was stopped goes on, shards share a folder, and nothing stale is shown. Cells are made side by side, one
+a core. Records of other machines or commits are shown with `--join FILE`; every cell names its commit. Of a method's
+grid the best setting is reported, chosen by the score itself: the baselines' most favourable reading. Ours has one
+setting.
 """
 
 import argparse
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from joblib import Parallel, delayed
 from tqdm import tqdm
 
 import bilinear
@@ -66,17 +68,24 @@ def run(
     folder: Path,
     progress: bool = True,
     only: Callable[[Cell], bool] = lambda _: True,
+    jobs: int = 1,
 ) -> list[dict[str, Any]]:
     """Make this shard of such cells, those that are not there yet, and return all that are."""
     wanted = cells(effort)
-    keys = [key(cell, effort) for cell in wanted]
+    files = [folder / f"{key(cell, effort)}.json" for cell in wanted]
     mine = [i for i, cell in enumerate(wanted) if only(cell)][shard[0] :: shard[1]]
-    for i in tqdm(mine, disable=not progress, desc="traps", leave=False):
-        file = folder / f"{keys[i]}.json"
-        if not file.exists():
-            write_json(file, scored(wanted[i], effort) | {"commit": provenance()["commit"]})
-    files = [folder / f"{one}.json" for one in keys]
+    missing = [i for i in mine if not files[i].exists()]
+    made = Parallel(jobs, return_as="generator_unordered")(delayed(_make)(wanted[i], effort, files[i]) for i in missing)
+    there = len(mine) - len(missing)
+    for _ in tqdm(made, total=len(mine), initial=there, disable=not progress, desc="traps", leave=False):
+        pass
     return [json.loads(file.read_text()) for file in files if file.exists()]
+
+
+def _make(cell: Cell, effort: Effort, file: Path) -> None:
+    """Make one cell, on one thread whatever process it is in, so that its figures are the same."""
+    torch.set_num_threads(1)
+    write_json(file, scored(cell, effort) | {"commit": provenance()["commit"]})
 
 
 def record(word: str) -> list[dict[str, Any]]:
@@ -127,6 +136,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--smoke", action="store_true", help="one seed, few steps and methods: below two minutes")
     parser.add_argument("--quick", action="store_true", help="600 training steps, without the six slowest methods")
     parser.add_argument("--shard", type=shard, default=(0, 1), metavar="I/N", help="only every n-th cell (1/1)")
+    parser.add_argument("--jobs", type=int, default=-1, metavar="N", help="cells at a time (-1: one a core)")
     parser.add_argument("--task", default="*", metavar="PATTERN", help="only tasks of such a name, as in 'ping*'")
     parser.add_argument("--method", default="*", metavar="PATTERN", help="only methods of such a name")
     parser.add_argument(
@@ -134,7 +144,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--out", type=Path, default=RESULTS, metavar="DIR", help="default: %(default)s")
     given = parser.parse_args(arguments)
-    torch.set_num_threads(1)
+    if not given.jobs:
+        parser.error("--jobs must be a number of cells, or -1 for one a core; got 0")
     effort, name = (SMOKE, "traps-smoke") if given.smoke else (QUICK, "traps-quick") if given.quick else (FULL, "traps")
 
     def only(cell: Cell) -> bool:
@@ -143,7 +154,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not any(map(only, cells(effort))):
         known = [*(task.name for task in TASKS), *dict.fromkeys(cell.method for cell in cells(effort))]
         parser.error(f"no task like {given.task!r} with a method like {given.method!r}; there are {', '.join(known)}")
-    found = joined(run(effort, given.shard, CACHE, only=only), given.join)
+    found = joined(run(effort, given.shard, CACHE, only=only, jobs=given.jobs), given.join)
     there = {(one["task"], one["method"], one["seed"]) for one in found}
     missing = sum((cell.task.name, cell.method, cell.seed) not in there for cell in cells(effort))
     text = summary(found) + (f"\n\n{missing} cells are still missing.\n" if missing else "\n")

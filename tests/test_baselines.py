@@ -86,9 +86,19 @@ class TestConformance:
                 assert len(bank.directions[path]) == pieces
             assert bank.values.shape == (bank.n,)
 
-    def test_ablating_no_unit_changes_nothing(self, toy: Data, fitted: Fitted):
-        on = trial(toy)
+    def test_taking_units_out_is_masking_them_with_the_rest_in_place(self, toy: Data, fitted: Fitted):
+        on, gone = trial(toy), {i: {0, bank.n - 1} for i, bank in enumerate(fitted.banks)}
 
+        def mask(number: int, _: int, found: protocols.Inner) -> Tensor:
+            return torch.tensor([float(unit not in gone[number]) for unit in range(found.importance.shape[-1])])
+
+        rest = dict.fromkeys(fitted.written, 1.0)
+        step = protocols.Pass(fitted, mask=mask, rest=rest, clean=protocols._clean(on, fitted))
+
+        without = protocols.ablated_output(on, fitted, {number: sorted(units) for number, units in gone.items()})
+
+        # The mask's way takes all units from W x and puts all but some back.
+        assert_close(without, protocols._run(on, step), rtol=1e-4, atol=1e-5)
         assert_close(protocols.ablated_output(on, fitted, {}), on.output)
 
     def test_ablating_all_units_changes_the_output(self, toy: Data, fitted: Fitted):

@@ -15,7 +15,7 @@ from weightdecomp._divergence import kl, mse
 from weightdecomp._effects import effects, sensitivities
 from weightdecomp._forward import inner_activations, masked, recorded
 from weightdecomp._pieces import Pieces, rank_one_pieces
-from weightdecomp._sites import find_sites
+from weightdecomp._sites import Site, find_sites
 from weightdecomp._trade import Trade, highest_price, opened
 
 
@@ -103,7 +103,7 @@ def test_sensitivities_of_a_shared_module_count_the_way_through_its_later_calls(
     expected = [torch.zeros_like(one[0]) for one in found]
     probe = _effects._probe("mse", record.output, torch.Generator().manual_seed(0))
     weight = target.model.mix.weight.detach().clone()
-    points = _effects._POINTS[0]
+    points = _effects._FEWEST
     for share in ((i + 0.5) / points for i in range(points)):
         outputs.clear()
         target.model.mix.weight.data = share * weight
@@ -125,6 +125,33 @@ def test_neurons_that_only_most_of_the_contribution_switches_on_have_their_effec
     found = estimated(model, x, "0", pieces)
 
     assert_close(found, measured(model, x, "0", pieces), rtol=0.3, atol=1e-9)
+
+
+def test_points_of_a_coarser_path_are_not_computed_again(monkeypatch: pytest.MonkeyPatch):
+    """Reference: the mean over all midpoints of the path at which the search ends, written out."""
+    model = seeded(nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 1))).double()
+    x = drawn(9, 4, seed=2)
+    with torch.no_grad():
+        model[0].bias[:] = -0.96 * (x @ model[0].weight.T).amax(0)
+    (site,), _ = find_sites(model, x, ["0"])
+    record, shares = recorded(model, x, [site]), list[float]()
+    on_path = _effects._on_path
+
+    def counted(model: nn.Module, batch: Tensor, site: Site, share: float) -> tuple[Tensor, list[Tensor]]:
+        shares.append(share)
+        return on_path(model, batch, site, share)
+
+    monkeypatch.setattr(_effects, "_on_path", counted)
+    (found,) = sensitivities(model, x, site, record, "mse", torch.Generator().manual_seed(0))
+
+    n = len(shares) - 1  # one pass is at share 0
+    assert n > _effects._FEWEST and len(set(shares)) == n + 1
+    probe = _effects._probe("mse", record.output, torch.Generator().manual_seed(0))
+    expected = torch.zeros_like(found[0])
+    for share in ((i + 0.5) / n for i in range(n)):
+        rows = (share * x @ model[0].weight.T).detach().requires_grad_()
+        expected += torch.autograd.grad((model[1:](rows + model[0].bias) * probe).sum(), rows)[0] / n
+    assert_close(found[0], expected)
 
 
 def test_a_neuron_that_only_the_whole_contribution_switches_on_is_never_free_to_close():

@@ -205,7 +205,7 @@ def test_units_that_mix_two_mechanisms_score_less_than_one():
 def test_a_stopped_run_goes_on_and_shards_make_a_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(traps, "TASKS", TASKS[2:4])
 
-    first = traps.run(TINY, (0, 2), tmp_path, progress=False)
+    first = traps.run(TINY, (0, 2), tmp_path, progress=False, jobs=2)
     both = traps.run(TINY, (1, 2), tmp_path, progress=False)
     before = {file: file.stat().st_mtime_ns for file in tmp_path.iterdir()}
     again = traps.run(TINY, (0, 1), tmp_path, progress=False)
@@ -224,12 +224,14 @@ def test_a_cell_can_be_run_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(traps, "CACHE", tmp_path / "cells")
     monkeypatch.setattr(traps, "SMOKE", TINY)
 
-    traps.main(["--smoke", "--task", "twi*", "--method", "pca", "--out", str(tmp_path)])
+    traps.main(["--smoke", "--task", "twi*", "--method", "pca", "--jobs", "1", "--out", str(tmp_path)])
 
     (made,) = (tmp_path / "cells").iterdir()
     assert '"twins"' in made.read_text()
     with pytest.raises(SystemExit):
         traps.main(["--smoke", "--task", "twinz", "--out", str(tmp_path)])
+    with pytest.raises(SystemExit):
+        traps.main(["--smoke", "--jobs", "0", "--out", str(tmp_path)])
 
 
 def test_cells_of_other_records_are_shown_beside_ones_own(tmp_path: Path):

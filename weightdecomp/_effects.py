@@ -1,7 +1,7 @@
 """Effects: what ablating each component does to the final output."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -14,7 +14,8 @@ from weightdecomp._pieces import Pieces
 from weightdecomp._sites import Site
 
 _PROBES = 4  # random output directions
-_POINTS = (5, 15, 45, 135)  # midpoints on the path from everything ablated to the target; more where few miss much
+_FEWEST = 5  # midpoints on the path from everything ablated to the target
+_MOST = 135  # three times as many at a time where few miss much
 _MISSED = 0.25  # share of the change along the path that may be missed
 
 
@@ -50,13 +51,13 @@ def sensitivities(
     with torch.no_grad():
         start, _ = _on_path(model, batch, site, 0.0)
         change = torch.stack([((output_tensor(record.output) - start) * probe).sum() for probe in probes])
-    found = None
-    for n in _POINTS:
-        found, gained = _integrated(model, batch, site, probes, n)
-        if float((gained - change).norm()) <= _MISSED * float(change.norm()):
-            break
-    assert found is not None
-    return found
+    sums, n = _Sums([], torch.zeros_like(change)), _FEWEST
+    _add(sums, model, batch, site, probes, [(i + 0.5) / n for i in range(n)])
+    while n < _MOST and float((sums.gained / n - change).norm()) > _MISSED * float(change.norm()):
+        n *= 3
+        # Every third midpoint is one of a path in a third as many parts.
+        _add(sums, model, batch, site, probes, [(i + 0.5) / n for i in range(n) if i % 3 != 1])
+    return [one / n for one in sums.gradients]
 
 
 def _on_path(model: nn.Module, batch: Batch, site: Site, share: float) -> tuple[Tensor, list[Tensor]]:
@@ -74,22 +75,27 @@ def _on_path(model: nn.Module, batch: Batch, site: Site, share: float) -> tuple[
         return output_tensor(call(model, batch)), leaves
 
 
-def _integrated(
-    model: nn.Module, batch: Batch, site: Site, probes: Sequence[Tensor], n: int
-) -> tuple[list[Float[Tensor, "probe *batch d_out"]], Float[Tensor, " probe"]]:
-    """Mean gradients at n midpoints, and the change of each probe that they account for along the path."""
-    sums, gained = list[Tensor](), torch.zeros(len(probes), dtype=probes[0].dtype, device=probes[0].device)
-    for share in ((i + 0.5) / n for i in range(n)):
+class _Sums(NamedTuple):
+    """Gradients of every call summed over points of the path, and the change of each probe that they account for."""
+
+    gradients: list[Float[Tensor, "probe *batch d_out"]]
+    gained: Float[Tensor, " probe"]
+
+
+def _add(
+    sums: _Sums, model: nn.Module, batch: Batch, site: Site, probes: Sequence[Tensor], shares: Sequence[float]
+) -> None:
+    """Add what is found at some points of the path, each where a share of the weight is on."""
+    for share in shares:
         with torch.enable_grad():
             output, leaves = _on_path(model, batch, site, share)
             projections = [(output * probe).sum() for probe in probes]
         for k, projection in enumerate(projections):
             for index, grad in enumerate(_gradients(projection, leaves, k + 1 < len(probes))):
-                if len(sums) <= index:
-                    sums.append(torch.zeros(len(probes), *grad.shape, dtype=grad.dtype, device=grad.device))
-                sums[index][k] += grad / n
-                gained[k] += (grad * leaves[index].detach()).sum() / (n * share)
-    return sums, gained
+                if len(sums.gradients) <= index:
+                    sums.gradients.append(grad.new_zeros(len(probes), *grad.shape))
+                sums.gradients[index][k] += grad
+                sums.gained[k] += (grad * leaves[index].detach()).sum() / share
 
 
 def _gradients(projection: Tensor, leaves: Sequence[Tensor], more: bool) -> Sequence[Tensor]:

@@ -19,7 +19,7 @@ from weightdecomp._climb import GAIN, Climb
 from weightdecomp._divergence import Divergence
 from weightdecomp._forward import Operands, recorded, replaced
 from weightdecomp._sites import Site
-from weightdecomp.baselines._bank import Fitted, offset_of
+from weightdecomp.baselines._bank import Bank, Fitted, offset_of
 
 Masks = dict[int, list[Tensor]]  # per bank, one (..., unit) tensor for each call
 PATIENCE = 40  # attack steps without improvement after which a search is over
@@ -191,13 +191,28 @@ def ablated_output(on: Trial, fitted: Fitted, units: Mapping[int, Sequence[int]]
         units: Per bank, the numbers of the units to take out.
     """
 
-    def mask(number: int, _: int, found: Inner) -> Tensor:
-        kept = torch.ones_like(found.importance)
-        kept[..., list(units.get(number, ()))] = 0
-        return kept
+    gone = {number: list(numbers) for number, numbers in units.items() if len(numbers)}
+    pieces = {number: _pieces_of(fitted.banks[number], own) for number, own in gone.items()}
+    step = Pass(fitted, clean=_clean(on, fitted))
 
-    rest = dict.fromkeys(fitted.written, 1.0)
-    return _run(on, Pass(fitted, mask=mask, rest=rest, clean=_clean(on, fitted)))
+    def forward(site: Site, index: int, operands: Operands) -> Any:
+        # With all else in place a site's rows are W x less what the units write, so that only their banks are encoded.
+        step.rows[site.path].append(site.vectors(operands))
+        written = site.read(operands, site.matrix())
+        for number, own in pieces.items():
+            if site.path in fitted.banks[number].writes:
+                inner = step.code(number, index).inner[..., own]
+                written = written - inner @ fitted.banks[number].writes[site.path][own]
+        return site.write(written, operands)
+
+    with replaced(on.sites, forward):
+        return call(on.model, on.batch)
+
+
+def _pieces_of(bank: Bank, units: Sequence[int]) -> Tensor:
+    """The numbers of the pieces of some units."""
+    own = torch.tensor(units, device=bank.numbers.device)
+    return own if bank.owner is None else torch.isin(bank.owner, own.to(bank.owner)).nonzero().flatten()
 
 
 @torch.no_grad()
