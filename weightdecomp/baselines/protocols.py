@@ -190,7 +190,6 @@ def ablated_output(on: Trial, fitted: Fitted, units: Mapping[int, Sequence[int]]
         fitted: The units.
         units: Per bank, the numbers of the units to take out.
     """
-
     gone = {number: list(numbers) for number, numbers in units.items() if len(numbers)}
     pieces = {number: _pieces_of(fitted.banks[number], own) for number, own in gone.items()}
     step = Pass(fitted, clean=_clean(on, fitted))
