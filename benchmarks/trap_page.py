@@ -10,22 +10,40 @@ from benchmarks.trap_tasks import NULLS, Task
 _WIDTH, _HEIGHT = 96, 48  # of one mechanism's picture
 
 
-def page(cells: Sequence[dict[str, Any]], tasks: Sequence[Task], bar: float) -> str:
-    """One HTML file that needs nothing else; a cell opens to the pictures of its mechanisms."""
+def page(
+    cells: Sequence[dict[str, Any]], tasks: Sequence[Task], bar: float, costs: Sequence[Sequence[str]] = ()
+) -> str:
+    """One HTML file that needs nothing else; a cell opens to the pictures of its mechanisms.
+
+    Args:
+        cells: What was found.
+        tasks: In the order of the columns.
+        bar: From which score a cell is green.
+        costs: A header and one row a method.
+    """
     methods = list(dict.fromkeys(one["method"] for one in cells))
     head = "".join(f"<th>{escape(task.name)}</th>" for task in tasks)
     rows = []
     for method in methods:
         found = [[c for c in cells if (c["task"], c["method"]) == (task.name, method)] for task in tasks]
         rows.append(f"<tr><td>{escape(method)}</td>{''.join(_cell(one, bar) for one in found)}</tr>")
-    told = "".join(f"<tr>{''.join(f'<td>{escape(text)}</td>' for text in _told(task))}</tr>" for task in tasks)
+    told = _rows([("task", "claim", "exact answer", "score", "source"), *map(_told, tasks)])
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8"><title>Trap suite</title>'
         f"<style>{_STYLE}</style></head><body><h1>Trap suite</h1><p>{_ABOUT}</p>"
         f'<table class="scores"><tr><th></th>{head}</tr>{"".join(rows)}</table>'
-        "<h2>Tasks</h2><table><tr><th>task</th><th>claim</th><th>exact answer</th><th>score</th><th>source</th></tr>"
-        f"{told}</table><p>Nulls: {escape(NULLS)}.</p></body></html>\n"
+        f"<h2>Tasks</h2><table>{told}</table><p>Nulls: {escape(NULLS)}.</p>"
+        f'<h2>Cost</h2><p>{_COSTS}</p><table class="costs">{_rows(costs)}</table></body></html>\n'
     )
+
+
+def _rows(table: Sequence[Sequence[str]]) -> str:
+    """A table's rows, the first one its header."""
+
+    def row(texts: Sequence[str], kind: str) -> str:
+        return f"<tr>{''.join(f'<{kind}>{escape(text)}</{kind}>' for text in texts)}</tr>"
+
+    return "".join(row(texts, "td" if i else "th") for i, texts in enumerate(table))
 
 
 def _told(task: Task) -> tuple[str, ...]:
@@ -89,12 +107,17 @@ _ABOUT = (
     "seed; below, each mechanism's exact effect (grey band) over some inputs, and what the first seed's units found of "
     "it (black line)."
 )
+_COSTS = (
+    "Median (range) over tasks and seeds, on one thread. A cell is all settings of the grid with their scoring, a fit "
+    "the best setting alone; memory is what a fit adds at its peak. A dash: cells that were made before this was kept."
+)
 _STYLE = """
 body { font: 15px/1.45 system-ui, sans-serif; color: #1a1a1a; margin: 2rem; padding: 0 1rem }
 p { max-width: 60rem } table { border-collapse: collapse; font-variant-numeric: tabular-nums }
 td, th { padding: .3rem .5rem; border: 1px solid #fff; text-align: left; vertical-align: top }
 th { font-weight: 600 } .scores th { font-size: .75rem; width: 4.5rem; vertical-align: bottom; hyphens: auto }
 .scores td { text-align: center } .scores td:first-child { text-align: left; white-space: nowrap }
+.costs td + td { text-align: right }
 .yes { background: #b8e0c0 } .no { background: #f3c1bb } .none { background: #eee }
 details { position: relative } summary { list-style: none; cursor: pointer }
 .found { position: absolute; right: 0; z-index: 1; width: 30rem; background: #fff; border: 1px solid #999 }

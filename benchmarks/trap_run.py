@@ -12,6 +12,7 @@ from torch import Tensor
 from benchmarks.trap_parts import Effects, Trap
 from benchmarks.trap_tasks import Task
 from weightdecomp import Config, baselines, decompose
+from weightdecomp._cost import Cost, Meter
 from weightdecomp._divergence import named
 from weightdecomp._nulls import Place, random_directions
 from weightdecomp._sites import Site, find_sites
@@ -65,17 +66,17 @@ class Found(NamedTuple):
 def scored(cell: Cell, effort: Effort) -> dict[str, Any]:
     """The best setting's score of one cell, averaged over the task's traps, or why there is none."""
     before = time.process_time()
-    best, top, reason = list[Found](), -1.0, ""
+    best, costs, top, reason = tuple[Found, ...](), tuple[Cost, ...](), -1.0, ""
     traps = cell.task.build(cell.seed)
     for setting in _settings(cell.method, effort):
         try:
-            found = [_on_trap(trap, cell, setting, effort) for trap in traps]
+            found, spent = zip(*[_on_trap(trap, cell, setting, effort) for trap in traps], strict=True)
         except Inapplicable as error:
             reason = str(error)
             continue
         mean = sum(one.score for one in found) / len(found)
         if mean > top:
-            best, top = found, mean
+            best, costs, top = found, spent, mean
     result = {"task": cell.task.name, "method": cell.method, "seed": cell.seed, "reason": reason}
     if best:
         result |= {
@@ -85,6 +86,9 @@ def scored(cell: Cell, effort: Effort) -> dict[str, Any]:
             "claims": [one.matched.claims for one in best],
             "setting": best[0].fitted.setting,
             "units": [one.fitted.n for one in best],
+            "parameters": sum(one.fitted.parameters for one in best),
+            "fit_seconds": sum(one.cpu_seconds for one in costs),
+            "peak_bytes": max((one.peak_bytes for one in costs if one.peak_bytes is not None), default=None),
             "pictures": [curves(one.truth, one.matched.effects) for one in best],
         }
     return result | {"cpu_seconds": time.process_time() - before}
@@ -123,9 +127,12 @@ def matched(trap: Trap, trial: protocols.Trial, fitted: Fitted, truth: Effects) 
     return Found(score, found, truth, fitted)
 
 
-def _on_trap(trap: Trap, cell: Cell, setting: Method | None, effort: Effort) -> Found:
+def _on_trap(trap: Trap, cell: Cell, setting: Method | None, effort: Effort) -> tuple[Found, Cost]:
     data, trial, truth = prepared(trap, cell.seed, effort.fit, effort.scored)
-    return matched(trap, trial, _fitted(data, trap, cell, setting, effort), truth)
+    meter = Meter(fresh=True)
+    fitted = _fitted(data, trap, cell, setting, effort)
+    cost = meter.cost
+    return matched(trap, trial, fitted, truth), cost
 
 
 def curves(truth: Effects, found: Effects, mechanisms: int = 12, inputs: int = 24) -> list[list[list[int]]]:

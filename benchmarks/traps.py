@@ -122,6 +122,21 @@ def summary(found: Sequence[dict[str, Any]]) -> str:
     return table(["method", *(task.name for task in TASKS)], rows)
 
 
+def costs(found: Sequence[dict[str, Any]]) -> list[list[str]]:
+    """Per method what a cell costs, medians over tasks and seeds: a header, then one row a method."""
+    rows = [["method", "CPU-s a cell", "CPU-s of a fit", "parameters", "peak MiB of a fit"]]
+    for method in dict.fromkeys(one["method"] for one in found):
+        own = [one for one in found if one["method"] == method]
+
+        def told(name: str, form: str, unit: float = 1, own: Sequence[dict[str, Any]] = own) -> str:
+            values = [one[name] / unit for one in own if one.get(name) is not None]
+            return spread(values).text(form) if values else "-"
+
+        fit = told("fit_seconds", ".1f"), told("parameters", ",.0f"), told("peak_bytes", ",.0f", 2**20)
+        rows.append([method, told("cpu_seconds", ".1f"), *fit])
+    return rows
+
+
 def shard(word: str) -> tuple[int, int]:
     """`i/n`, i from 1 to n, as (i - 1, n)."""
     first, _, last = word.partition("/")
@@ -157,13 +172,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     found = joined(run(effort, given.shard, CACHE, only=only, jobs=given.jobs), given.join)
     there = {(one["task"], one["method"], one["seed"]) for one in found}
     missing = sum((cell.task.name, cell.method, cell.seed) not in there for cell in cells(effort))
-    text = summary(found) + (f"\n\n{missing} cells are still missing.\n" if missing else "\n")
+    header, *rows = costs(found)
+    text = f"{summary(found)}\n\n{table(header, rows)}\n"
+    text += f"\n{missing} cells are still missing.\n" if missing else ""
     # One seed's pictures are shown; those of others would be most of the record.
     kept = [one if one["seed"] == 0 else {**one, "pictures": []} for one in found]
     document = {"provenance": provenance(), "missing": missing, "cells": kept}
     write(given.out / f"{name}.json", json.dumps(document, allow_nan=False, separators=(",", ":")))
     write(given.out / f"{name}.md", text)
-    write(given.out / f"{name}.html", page(found, TASKS, PASS))
+    write(given.out / f"{name}.html", page(found, TASKS, PASS, costs(found)))
     print(text)
     return 0
 

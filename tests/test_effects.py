@@ -137,9 +137,9 @@ def test_points_of_a_coarser_path_are_not_computed_again(monkeypatch: pytest.Mon
     record, shares = recorded(model, x, [site]), list[float]()
     on_path = _effects._on_path
 
-    def counted(model: nn.Module, batch: Tensor, site: Site, share: float) -> tuple[Tensor, list[Tensor]]:
+    def counted(model: nn.Module, batch: Tensor, site: Site, up: Any, share: float) -> tuple[Tensor, list[Tensor]]:
         shares.append(share)
-        return on_path(model, batch, site, share)
+        return on_path(model, batch, site, up, share)
 
     monkeypatch.setattr(_effects, "_on_path", counted)
     (found,) = sensitivities(model, x, site, record, "mse", torch.Generator().manual_seed(0))

@@ -218,6 +218,9 @@ def test_a_stopped_run_goes_on_and_shards_make_a_whole(tmp_path: Path, monkeypat
     assert "<svg" in html
     assert "http" not in html.replace("http://www.w3.org", "")
     assert "twins" in traps.summary(both)
+    header, *rows = traps.costs(both)
+    assert [row[0] for row in rows] == list(dict.fromkeys(one["method"] for one in both))
+    assert all("-" not in row[1:] for row in rows), "a cell does not tell what it cost"
 
 
 def test_a_cell_can_be_run_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

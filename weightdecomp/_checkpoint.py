@@ -2,12 +2,15 @@
 
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from weightdecomp import _storage
+from weightdecomp._cost import Cost, Meter
 from weightdecomp._processes import ALONE, Processes
 
 _KIND = "checkpoint"
@@ -36,11 +39,13 @@ class Checkpoint:
         self.key = dict(key)
         self.tensors: dict[str, Tensor] = {}
         self.document: dict[str, Any] = {}
-        self._written, self._cost = time.monotonic(), 0.0
+        self._written, self._writing = time.monotonic(), 0.0
+        self._meter, self._earlier = Meter(), Cost(0.0, None)
         self._processes = processes
         self._writes = self.directory is not None and processes.index == 0
         if self.directory is not None:
             self.tensors, self.document = processes.from_first(self._opened)
+            self._earlier = Cost(**self.document.pop("cost", asdict(self._earlier)))
 
     def _opened(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """What the folder holds."""
@@ -73,18 +78,26 @@ class Checkpoint:
             self.tensors |= tensors
         if self.directory is None or not (now or self._due()):
             return
-        changed = state()
+        changed, cost = state(), asdict(self.cost())
         if self._writes:
             self.tensors |= changed
             started = time.monotonic()
-            _storage.write(self.directory, _KIND, self.tensors, {**self.document, "key": self.key})
+            _storage.write(self.directory, _KIND, self.tensors, {**self.document, "key": self.key, "cost": cost})
             self._written = time.monotonic()
-            self._cost = self._written - started
+            self._writing = self._written - started
 
     def _due(self) -> bool:
         """Whether it is time to write, by the clock of the process that writes."""
-        due = time.monotonic() - self._written > max(_LEAST, self._cost / _SHARE)
+        due = time.monotonic() - self._written > max(_LEAST, self._writing / _SHARE)
         return bool(self._processes.total(int(self._writes and due)))
+
+    def cost(self) -> Cost:
+        """Of the run up to now in all processes, with its parts before it was resumed."""
+        own = self._meter.cost
+        row = [own.cpu_seconds, -1.0 if own.peak_bytes is None else own.peak_bytes]
+        every = self._processes.rows(torch.tensor([row], dtype=torch.float64))
+        peak = max(int(every[:, 1].max()), -1 if self._earlier.peak_bytes is None else self._earlier.peak_bytes)
+        return Cost(self._earlier.cpu_seconds + float(every[:, 0].sum()), None if peak < 0 else peak)
 
     def forget(self) -> None:
         """Let go of what was loaded, in processes that will not write it again."""

@@ -18,11 +18,11 @@ from tqdm import tqdm
 from weightdecomp import baselines
 from weightdecomp._batches import Batch, joined, select, size, tensors
 from weightdecomp._comparison import Comparison, Point, Row
+from weightdecomp._cost import Meter
 from weightdecomp._decomposition import Decomposition
 from weightdecomp._judge import Judge, Share, known, labelled
 from weightdecomp.baselines import protocols
 from weightdecomp.baselines._bank import Fitted
-from weightdecomp.baselines._cost import Meter
 from weightdecomp.baselines._data import Data, Inapplicable
 from weightdecomp.baselines._method import Method
 from weightdecomp.baselines._ours import as_fitted
@@ -81,7 +81,7 @@ def compare(
     data = Data(decomposition.target, [fit_on], decomposition.sites, decomposition.divergence, decomposition.tolerance)
     trial = protocols.trial(data.model, score_on, data.sites, data.divergence)
     judge = Judge(trial, data.tolerance, attack, _RESTARTS, labelled(trial, labels, index, among), known(trial, truth))
-    own = judge(as_fitted(decomposition), 0, Meter())
+    own = judge(as_fitted(decomposition), 0, decomposition.outcome.cost)
     rows, points = [_row(own.method, [[own]], data.tolerance)], [own]
     with tqdm(total=seeds * sum(len(grid) for grid in chosen.values()), disable=not progress, leave=False) as bar:
 
@@ -171,12 +171,13 @@ def _scored(
         for seed in range(seeds):
             tell(method, seed)
             try:
-                with Meter() as meter:
-                    one = method.fit(data, seed)
+                meter = Meter(fresh=True)
+                one = method.fit(data, seed)
+                cost = meter.cost
             except Inapplicable as error:
                 refused[method.setting] = str(error)
                 break
-            points.append(judge(one, seed, meter))
+            points.append(judge(one, seed, cost))
             fitted.append(one)
         if points:
             by_setting.append(points)

@@ -28,7 +28,7 @@ class Point:
         live: Units that are active on some row.
         units: Units in all.
         parameters: Numbers fitted or trained.
-        cpu_seconds: Of the fit.
+        cpu_seconds: Of the fit; None of components that were given.
         peak_bytes: Memory of the fit beyond what was there before; None where the system does not tell.
         loss_recovered: Share of the cross-entropy lost by ablating everything that is recovered with all sites
             replaced; None without labels.
@@ -49,7 +49,7 @@ class Point:
     live: int
     units: int
     parameters: int
-    cpu_seconds: float
+    cpu_seconds: float | None
     peak_bytes: int | None
     loss_recovered: float | None = None
     effects_matched: float | None = None
@@ -166,10 +166,10 @@ class Comparison:
         notes = [f"{row.method}: {row.reason}" for row in self.rows if row.points and row.reason]
         foot = (
             "bits: names and values per input; stored: bits of the units' numbers, paid once; total: both and the "
-            f"residual, over all inputs; adversarial: worst found, {self.budget}"
+            f"residual, over all inputs; adversarial: worst found, {self.budget}; params: numbers fitted or trained"
         )
         foot += "".join(f"; {head}: {meaning}" for head, (_, meaning) in _extra(self.rows).items())
-        return "\n".join([head, "", _table(_cells(self.rows), texts=(0, 1, 13)), "", foot, *notes])
+        return "\n".join([head, "", _table(_cells(self.rows), texts=(0, 1, 14)), "", foot, *notes])
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON; numbers that are not finite become text."""
@@ -211,13 +211,13 @@ def _extra(rows: Sequence[Row]) -> dict[str, tuple[Callable[[Row], str], str]]:
 def _cells(rows: Sequence[Row]) -> list[list[str]]:
     """The table's cells."""
     extra = _extra(rows)
-    heads = ["method", "setting", "bits", "stored", "total", *PROTOCOLS, "L0", "live", "CPU-s", "MiB", ""]
+    heads = ["method", "setting", "bits", "stored", "total", *PROTOCOLS, "L0", "live", "params", "CPU-s", "MiB", ""]
     return [[*heads, *extra], *[[*_line(row), *[text(row) for text, _ in extra.values()]] for row in rows]]
 
 
 def _line(row: Row) -> list[str]:
     if not row.points:
-        return [row.method, "-", *["-"] * 11, f"does not apply: {row.reason}"]
+        return [row.method, "-", *["-"] * 12, f"does not apply: {row.reason}"]
     first = row.points[0]
     peaks = [point.peak_bytes for point in row.points if point.peak_bytes is not None]
     return [
@@ -229,7 +229,8 @@ def _line(row: Row) -> list[str]:
         *[row.spread(lambda p, name=name: getattr(p, name), ".3f") for name in PROTOCOLS],
         row.spread(lambda p: p.active, ".1f"),
         f"{row.median(lambda p: p.live):.0f}/{row.median(lambda p: p.units):.0f}",
-        f"{row.median(lambda p: p.cpu_seconds):.1f}",
+        f"{row.median(lambda p: p.parameters):,.0f}",
+        "-" if first.cpu_seconds is None else f"{row.median(lambda p: p.cpu_seconds or 0.0):.1f}",
         f"{max(peaks) / 2**20:.0f}" if peaks else "-",
         "see below" if row.reason else "",
     ]

@@ -30,6 +30,7 @@ from weightdecomp._check import checked
 from weightdecomp._checkpoint import Checkpoint
 from weightdecomp._circuits import activity, grouped
 from weightdecomp._config import Config
+from weightdecomp._cost import Cost
 from weightdecomp._decomposition import Decomposition, Outcome, Parts
 from weightdecomp._divergence import Divergence
 from weightdecomp._fit import Start, chosen_start
@@ -125,7 +126,7 @@ def decompose(
         on = {path: processes.rows(rows.byte()) > 0 for path, rows in activity(best.gated.importances).items()}
         parts = _parts(best, frequencies(best.gated.importances, processes), begun.names)
         dense = value_bits(tolerance) * sum(_rank(own) for own in begun.pieces.values())
-    outcome = _outcome(best.gated, best.steps, dense, tolerance, spent, null)
+    outcome = _outcome(best.gated, best.steps, dense, tolerance, spent, null, saved.cost())
     if not outcome.converged:
         warnings.warn(outcome.reason, NumericalWarning, stacklevel=2)
     ranks = {path: part.pieces.ranks() for path, part in parts.items()}
@@ -239,7 +240,9 @@ def _parts(best: Refined, frequency: Mapping[str, Tensor], names: Mapping[str, s
     return found
 
 
-def _outcome(gated: Gated, steps: int, dense: float, tolerance: float, spent: float, null: float | None) -> Outcome:
+def _outcome(
+    gated: Gated, steps: int, dense: float, tolerance: float, spent: float, null: float | None, cost: Cost
+) -> Outcome:
     compresses = null is None or spent < _CHEAPER * null
     random = "random directions do nothing" if null is None else f"{null:.2f} with random directions"
     against = f"{spent:.2f} bits per bit of behaviour, {random}"
@@ -250,7 +253,7 @@ def _outcome(gated: Gated, steps: int, dense: float, tolerance: float, spent: fl
         f"{gated.damage:.4f} after {REVIEW[0]} steps x {REVIEW[1]} restarts on held-out inputs, "
         f"{relation} the tolerance {tolerance:g}"
     )
-    return Outcome(converged, reason, gated.damage, compresses, verdict, spent, null, gated.ledger, dense, steps)
+    return Outcome(converged, reason, gated.damage, compresses, verdict, spent, null, gated.ledger, dense, steps, cost)
 
 
 def _rank(pieces: Pieces) -> int:

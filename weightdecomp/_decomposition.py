@@ -1,7 +1,7 @@
 """The result of a run: the target's weights as components with gates, and every question one can ask of it."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +14,7 @@ from weightdecomp._attack import Ablation
 from weightdecomp._batches import Batch, read_batches, size
 from weightdecomp._circuits import Circuit, Member, circuit
 from weightdecomp._config import Config
+from weightdecomp._cost import Cost
 from weightdecomp._divergence import Divergence
 from weightdecomp._edit import Selection, edited
 from weightdecomp._forward import Masks, Record, masked, recorded
@@ -84,6 +85,8 @@ class Outcome:
         ledger: Bits of the run's sample.
         dense_bits: Bits per input with every rank of every site always active.
         steps: Refinement steps that were kept.
+        cost: Of the run, all its parts if it was resumed, which is no part of what outcomes are compared by; None
+            where the components were given.
     """
 
     converged: bool
@@ -96,6 +99,7 @@ class Outcome:
     ledger: Ledger
     dense_bits: float
     steps: int
+    cost: Cost | None = field(default=None, compare=False)
 
 
 class Decomposition:

@@ -12,6 +12,7 @@ from weightdecomp._divergence import output_tensor
 from weightdecomp._forward import Record, replaced
 from weightdecomp._pieces import Pieces
 from weightdecomp._sites import Site
+from weightdecomp._upstream import Upstream
 
 _PROBES = 4  # random output directions
 _FEWEST = 5  # midpoints on the path from everything ablated to the target
@@ -48,19 +49,22 @@ def sensitivities(
         One tensor for each call of the site's module.
     """
     probes = drawn_probes(record, divergence, rng)
+    upstream = Upstream(model, batch, site)
     with torch.no_grad():
-        start, _ = _on_path(model, batch, site, 0.0)
+        start, _ = _on_path(model, batch, site, upstream, 0.0)
         change = torch.stack([((output_tensor(record.output) - start) * probe).sum() for probe in probes])
     sums, n = _Sums([], torch.zeros_like(change)), _FEWEST
-    _add(sums, model, batch, site, probes, [(i + 0.5) / n for i in range(n)])
+    _add(sums, model, batch, site, upstream, probes, [(i + 0.5) / n for i in range(n)])
     while n < _MOST and float((sums.gained / n - change).norm()) > _MISSED * float(change.norm()):
         n *= 3
         # Every third midpoint is one of a path in a third as many parts.
-        _add(sums, model, batch, site, probes, [(i + 0.5) / n for i in range(n) if i % 3 != 1])
+        _add(sums, model, batch, site, upstream, probes, [(i + 0.5) / n for i in range(n) if i % 3 != 1])
     return [one / n for one in sums.gradients]
 
 
-def _on_path(model: nn.Module, batch: Batch, site: Site, share: float) -> tuple[Tensor, list[Tensor]]:
+def _on_path(
+    model: nn.Module, batch: Batch, site: Site, upstream: Upstream, share: float
+) -> tuple[Tensor, list[Tensor]]:
     """The output with a share of the site's weight, and the site's output rows, one leaf for each call."""
     weight, leaves = site.matrix(), list[Tensor]()
 
@@ -71,7 +75,7 @@ def _on_path(model: nn.Module, batch: Batch, site: Site, share: float) -> tuple[
         leaves.append(rows)
         return site.write(rows, operands)
 
-    with replaced([site], forward):
+    with upstream.kept(), replaced([site], forward):
         return output_tensor(call(model, batch)), leaves
 
 
@@ -83,12 +87,18 @@ class _Sums(NamedTuple):
 
 
 def _add(
-    sums: _Sums, model: nn.Module, batch: Batch, site: Site, probes: Sequence[Tensor], shares: Sequence[float]
+    sums: _Sums,
+    model: nn.Module,
+    batch: Batch,
+    site: Site,
+    upstream: Upstream,
+    probes: Sequence[Tensor],
+    shares: Sequence[float],
 ) -> None:
     """Add what is found at some points of the path, each where a share of the weight is on."""
     for share in shares:
         with torch.enable_grad():
-            output, leaves = _on_path(model, batch, site, share)
+            output, leaves = _on_path(model, batch, site, upstream, share)
             projections = [(output * probe).sum() for probe in probes]
         for k, projection in enumerate(projections):
             for index, grad in enumerate(_gradients(projection, leaves, k + 1 < len(probes))):

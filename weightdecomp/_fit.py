@@ -18,6 +18,7 @@ from weightdecomp._sample import Sample, site_rows
 from weightdecomp._sites import Site
 from weightdecomp._starts import Reach
 from weightdecomp._trade import affordable, frequency, n_rows, opened, traded
+from weightdecomp._upstream import Upstream
 
 _FALL = 0.2  # how much the fall of density says beside bits: one by e is worth as much as a fifth fewer bits
 _PLAIN = 2 / 3  # work of exemplars over the best member's, each with all of the tolerance, below which they replace it
@@ -58,14 +59,15 @@ def chosen_start(
     number. What costs the ledger clearly more bits than singular pairs is no candidate, however few wires it has.
     """
     known = priced(model, sample, site, divergence, tolerance, config, share)
-    reach, members, spent, size = known
+    reach, members, spent, size, upstream = known
     work = {name: _work(members[name].pieces, size, one, tolerance) for name, one in spent.items()}
     best = _best({name: one for name, one in members.items() if spent[name].bits <= _DEARER * spent["svd"].bits}, work)
     if members[best].fall is None:
 
         def whole(name: str) -> float:
-            one = _spent(model, sample, site, members[name].pieces, divergence, tolerance, tolerance, spent[name].price)
-            return _work(members[name].pieces, size, one, tolerance)
+            pieces, near = members[name].pieces, spent[name].price
+            one = _spent(model, sample, site, upstream, pieces, divergence, tolerance, tolerance, near)
+            return _work(pieces, size, one, tolerance)
 
         best = _plainer(members, best, whole)
     origin = {"basis": reach.basis, "power": reach.power, "held": members[best].held}
@@ -96,12 +98,14 @@ class Priced(NamedTuple):
         members: By name.
         spent: By name, singular pairs first.
         size: Root mean square of the inputs.
+        upstream: Of the site, on the sample.
     """
 
     reach: Reach
     members: dict[str, Member]
     spent: dict[str, _Spent]
     size: Float[Tensor, " d_in"]
+    upstream: Upstream
 
     @property
     def bits(self) -> float:
@@ -126,14 +130,15 @@ def priced(
     most = max(2, int(config.capacity * min(matrix.shape)))
     sensitivity = torch.cat([calls.flatten(0, -2) for calls in sample.sensitivity[site.path]])
     members = portfolio(matrix, reach, rows, hits, sensitivity, most)
+    upstream = Upstream(model, sample.batch, site)
     singular = members["svd"]
-    first = _spent(model, sample, site, singular.pieces, divergence, tolerance, share, None)
+    first = _spent(model, sample, site, upstream, singular.pieces, divergence, tolerance, share, None)
     members |= turned(singular.pieces, rows, first.frequency, singular.held)
     spent = {"svd": first}
     for name, one in members.items():
         if name not in spent:
-            spent[name] = _spent(model, sample, site, one.pieces, divergence, tolerance, share, first.price)
-    return Priced(reach, members, spent, rows.square().mean(0).sqrt())
+            spent[name] = _spent(model, sample, site, upstream, one.pieces, divergence, tolerance, share, first.price)
+    return Priced(reach, members, spent, rows.square().mean(0).sqrt(), upstream)
 
 
 def _best(members: Mapping[str, Member], work: Mapping[str, float]) -> str:
@@ -165,6 +170,7 @@ def _spent(
     model: nn.Module,
     sample: Sample,
     site: Site,
+    upstream: Upstream,
     pieces: Pieces,
     divergence: Divergence,
     tolerance: float,
@@ -178,7 +184,8 @@ def _spent(
     def damage(price: float) -> float:
         thresholds = trade.thresholds(price)
         masks = {site.path: [opened(a, thresholds) for a in sizes]}
-        output = masked(model, sample.batch, [site], {site.path: pieces}, masks)
+        with upstream.kept():
+            output = masked(model, sample.batch, [site], {site.path: pieces}, masks)
         return float(divergence(output, sample.record.output).mean())
 
     best = affordable(damage, share * sample.nothing, trade.typical, near)

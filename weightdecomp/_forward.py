@@ -53,19 +53,26 @@ def _argument_names(kind: type[nn.Module]) -> tuple[str, ...]:
 @contextmanager
 def replaced(sites: Sequence[Site], forward: SiteForward) -> Iterator[None]:
     """Let `forward(site, call, operands)` stand in for the sites' modules; everything is as before afterwards."""
+    with forwards({site.module: _StandIn(site, forward) for site in sites}):
+        yield
+
+
+@contextmanager
+def forwards(own: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
+    """Let functions stand in for modules' forward methods; everything is as before afterwards."""
     before: list[tuple[nn.Module, Any]] = []
     try:
-        for site in sites:
-            before.append((site.module, site.module.__dict__.get("forward")))
-            site.module.forward = _StandIn(site, forward)
+        for module, forward in own.items():
+            before.append((module, module.__dict__.get("forward")))
+            module.forward = forward
         with no_fast_path():
             yield
     finally:
-        for module, own in before:
-            if own is None:
+        for module, forward in before:
+            if forward is None:
                 module.__dict__.pop("forward", None)
             else:
-                module.forward = own
+                module.forward = forward
 
 
 def recorded(model: nn.Module, batch: Batch, sites: Sequence[Site]) -> Record:

@@ -9,10 +9,10 @@ from torch import Tensor
 
 from weightdecomp._batches import tensors
 from weightdecomp._comparison import Point
+from weightdecomp._cost import Cost
 from weightdecomp._divergence import output_tensor
 from weightdecomp.baselines import protocols
 from weightdecomp.baselines._bank import Fitted
-from weightdecomp.baselines._cost import Meter
 from weightdecomp.baselines._matching import Effects, Matched, deletions, effect_matching
 from weightdecomp.baselines._price import frequencies, priced
 
@@ -59,8 +59,8 @@ class Judge(NamedTuple):
     known: Known | None
 
     @torch.no_grad()
-    def __call__(self, fitted: Fitted, seed: int, meter: Meter) -> Point:
-        """All figures of one fit."""
+    def __call__(self, fitted: Fitted, seed: int, cost: Cost | None) -> Point:
+        """All figures of one fit, and what it cost."""
         trial = self.trial
         found = protocols.codes(trial, fitted)
         damage = protocols.propagating(trial, fitted)
@@ -82,8 +82,8 @@ class Judge(NamedTuple):
             live=sum(int((frequency > 0).sum()) for frequency, _ in used),
             units=fitted.n,
             parameters=fitted.parameters,
-            cpu_seconds=meter.cpu_seconds,
-            peak_bytes=meter.peak_bytes,
+            cpu_seconds=None if cost is None else cost.cpu_seconds,
+            peak_bytes=None if cost is None else cost.peak_bytes,
             loss_recovered=self._recovered(fitted),
             effects_matched=None if effects is None else effects.score,
             splitting=None if effects is None else effects.splitting,

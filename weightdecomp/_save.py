@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from weightdecomp import _storage
 from weightdecomp._config import Config
+from weightdecomp._cost import Cost
 from weightdecomp._divergence import named
 from weightdecomp._ledger import Ledger
 from weightdecomp._pieces import Pieces
@@ -103,6 +104,7 @@ def _assembled(
         parts[entry["path"]] = Parts(Pieces(*values[:3]), values[3], values[4], entry["start"])
     outcome = dict(document["outcome"])
     outcome["ledger"] = Ledger(**outcome["ledger"])
+    outcome["cost"] = Cost(**outcome["cost"]) if outcome.get("cost") else None
     return Decomposition(
         model,
         sites,
