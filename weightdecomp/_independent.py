@@ -43,8 +43,8 @@ def independent(rows: Float[Tensor, "row d"]) -> Float[Tensor, "d d"] | None:
     best, farthest = None, 0.0
     for _ in range(_STEPS):
         along = white @ turn.T
-        length = _length(along)
-        mean = float(length.mean())
+        inverse = along.square().add_(_SPARSE**2).rsqrt_()  # of the smooth length
+        mean = float(inverse.reciprocal().mean())
         # By length, not by angle: in a plane in which inputs go round, all directions are as good.
         if abs(mean - before) < _SETTLED:
             far = float(_far(along).sum())
@@ -57,8 +57,8 @@ def independent(rows: Float[Tensor, "row d"]) -> Float[Tensor, "d d"] | None:
             turn, before = turned @ turn, torch.inf
             continue
         # The Newton step of a fixed point: E[g'(y)] w - E[g(y) x] for g the slope of the smooth length.
-        slope = (_SPARSE**2 / length**3).mean(0)
-        before, turn = mean, _orthogonal(slope[:, None] * turn - (along / length).T @ white / n)
+        slope = _SPARSE**2 * inverse.pow(3).mean(0)
+        before, turn = mean, _orthogonal(slope[:, None] * turn - along.mul_(inverse).T @ white / n)
     return None if best is None else torch.nn.functional.normalize(((best * root) @ basis.T).to(rows.dtype))
 
 
