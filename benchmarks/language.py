@@ -12,6 +12,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,6 +26,9 @@ from benchmarks.images import DATA_VARIABLE, data_folder
 from benchmarks.report import RESULTS, peak_bytes, provenance, reset_peak, table, write, write_json
 from weightdecomp import Config, Decomposition, compare, decompose, load, load_hf
 from weightdecomp._compare import matched_cosine
+from weightdecomp._comparison import PROTOCOLS
+from weightdecomp.baselines import ALL, Data, TopK, Transcoder
+from weightdecomp.baselines._transcoder import spans
 
 CACHE = Path(__file__).parent / ".cache" / "language"
 TOLERANCE = 0.02
@@ -143,11 +147,11 @@ def _weights(found: Decomposition, path: str) -> Tensor:
     return torch.stack([pieces.weight(i).flatten() for i in range(pieces.n)])
 
 
-def verified(found: Decomposition, case: Case, effort: Effort, nulls: bool) -> dict[str, Any]:
-    """Figures on inputs that the run has not seen, with the report in full."""
+def verified(found: Decomposition, case: Case, effort: Effort) -> dict[str, Any]:
+    """Figures on inputs that the run has not seen, nulls beside them, with the report in full."""
     steps, restarts, rows = effort.attack
     inputs = max(1, rows // case.held.shape[1])
-    one = found.verify([case.held], steps=steps, restarts=restarts, inputs=inputs, nulls=nulls, bound=False)
+    one = found.verify([case.held], steps=steps, restarts=restarts, inputs=inputs, bound=False)
     figures = {
         "L0": one.ours.active,
         "live": sum(site.live for site in one.sites),
@@ -165,8 +169,12 @@ def verified(found: Decomposition, case: Case, effort: Effort, nulls: bool) -> d
 
 
 def compared(found: Decomposition, case: Case, effort: Effort) -> dict[str, Any]:
-    """A decomposition beside other methods."""
-    beside = compare(found, [case.tokens], effort.methods, evaluate=[case.held[: effort.beside]])
+    """A decomposition beside other methods, transcoders among them with as many latents on as there are components."""
+    data = Data(found.target, [case.tokens], found.sites, found.divergence, found.tolerance)
+    active = sum(float(parts.frequencies.sum()) for parts in found.parts.values())
+    k = max(1, round(active / len(spans(data))))
+    same = [replace(one, rule=TopK(k=k)) for one in ALL if isinstance(one, Transcoder) and one.name in effort.methods]
+    beside = compare(found, [case.tokens], [*effort.methods, *same], evaluate=[case.held[: effort.beside]])
     return {"report": str(beside), "comparison": beside.to_dict()}
 
 
@@ -178,13 +186,13 @@ def _kept(file: Path, made: Callable[[], dict[str, Any]]) -> dict[str, Any]:
 
 
 def measured(case: Case, seeds: int, effort: Effort, cache: Path) -> tuple[dict[str, Any], str]:
-    """All figures of one model, and the tables; nulls and other methods are scored beside the first seed."""
+    """All figures of one model, and the tables; other methods are scored beside the first seed."""
     found, costs = zip(*[decomposed(case, seed, effort, cache) for seed in range(seeds)], strict=True)
     pairs = [agreement(one, other) for i, one in enumerate(found) for other in found[:i]]
     runs = []
     for seed, one in enumerate(found):
         starts = {path: parts.start for path, parts in one.parts.items()}
-        made = partial(verified, one, case, effort, nulls=seed == 0)
+        made = partial(verified, one, case, effort)
         checked = _kept(cache / f"{case.name}-{seed}-verified.json", made)
         runs.append({"seed": seed, **costs[seed], "starts": starts, **checked})
     result = {
@@ -208,6 +216,7 @@ def _text(result: dict[str, Any]) -> str:
             [
                 f"seed {run['seed']}",
                 f"{run['cpu_seconds'] / 60:.1f}",
+                f"{run['wall_seconds'] / 60:.1f}",
                 f"{run['peak_bytes'] / 2**20:,.0f}",
                 f"{one['L0']:.1f}",
                 f"{one['live']}",
@@ -215,16 +224,26 @@ def _text(result: dict[str, Any]) -> str:
                 *(f"{one[name]:.4f}" for name in ("stochastic", "gates", "adversarial")),
             ]
         )
-    head = ("run", "CPU min", "peak MiB", "L0", "live", "bits", "stochastic", "gates", "adversarial")
+    head = ("run", "CPU min", "min", "peak MiB", "L0", "live", "bits", "stochastic", "gates", "adversarial")
+    coders = [
+        [one["method"], one["setting"], f"{one['active']:.1f}", *(f"{one[name]:.3f}" for name in PROTOCOLS)]
+        for one in result["beside"]["comparison"]["points"]
+        if "transcoder" in one["method"]
+    ]
     first = result["runs"][0]
-    nulls = [[one["name"], f"{one['L0']:.1f}", f"{one['adversarial']:.4f}"] for one in first["nulls"]]
+    nulls = [
+        [f"seed {run['seed']}", one["name"], f"{one['L0']:.1f}", f"{one['adversarial']:.4f}"]
+        for run in result["runs"]
+        for one in run["nulls"]
+    ]
     agreement = "one seed" if result["agreement"] is None else f"agreement of seeds {result['agreement']:.2f}"
     parts = (
         f"## {result['name']}\n\n{result['what']}; tolerance {result['tolerance']:g}, {agreement}.",
         table(head, rows),
-        table(("at the same number active per site and token", "L0", "adversarial"), nulls),
+        table(("run", "at the same number active per site and token", "L0", "adversarial"), nulls),
         f"```\n{first['report']}\n```",
         f"```\n{result['beside']['report']}\n```",
+        *([table(("at every setting", "", "L0", *PROTOCOLS), coders)] if coders else ()),
     )
     return "\n\n".join(parts) + "\n"
 

@@ -334,6 +334,18 @@ def test_sites_side_by_side_with_nothing_after_them_are_spans_of_their_own():
     assert spans(data(model.double(), drawn(20, 4))) == [("a", "a"), ("b", "b")]
 
 
+def test_a_span_does_not_reach_across_attention():
+    """What a row of values becomes is spread over positions; a coder of rows could not stand for it."""
+
+    def forward(m: Calls, x: Tensor) -> Tensor:
+        return m.down(torch.relu(m.up(m.out(torch.softmax(x @ x.mT, -1) @ m.value(x)))))
+
+    parts = {"value": nn.Linear(4, 4), "out": nn.Linear(4, 4), "up": nn.Linear(4, 6), "down": nn.Linear(6, 4)}
+    model = seeded(Calls(forward, **parts)).double()
+
+    assert spans(data(model, drawn(9, 5, 4))) == [("value", "value"), ("out", "up"), ("down", "down")]
+
+
 def test_codes_of_the_clean_protocol_come_from_the_target():
     """What a site before makes wrong does not reach the codes of a later one, which then makes the target's rows."""
     on = data(mlp(widths=(5, 8, 4)), sparse(256, 5))

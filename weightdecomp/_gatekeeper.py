@@ -23,9 +23,12 @@ _PLAY = (20, 2)  # steps and restarts of each attack whose blame gates are chose
 _PLAYS = 3  # such attacks, each on the gates that those before have led to
 REVIEW = (20, 3, 2048)  # and of the attack, on held-out inputs, that a result must withstand
 _AGAIN = 3  # further prices where the first one's damage is not near the aim; twice as many until one is affordable
+_NEAR = 1  # the same between rounds of refinement, after which components move on and no price lasts,
+_LAST = 5  # and for gates that stay
 _LITTLE = 0.85  # share of the aim from which a damage below it is near enough
 _SLOPE = 1.5  # power of the price by which damage usually rises
 _SLOPES = (0.5, 4.0)  # and least and largest that are believed
+_MARGIN = 0.2  # share of the way between two prices that the next one keeps from either
 _SHARE = 0.85  # share of the tolerance aimed at, so that longer attacks on other inputs still meet it
 
 
@@ -105,7 +108,9 @@ class Gatekeeper:
         Args:
             near: A price of similar components, to begin at; None begins where a short attack does the damage.
         """
-        return self._sought(self._affordable(_SHARE * self.tolerance) if near is None else near)
+        if near is None:
+            return self._sought(self._affordable(_SHARE * self.tolerance), _AGAIN)
+        return self._sought(near, _NEAR)
 
     def hardened(self, found: Gated) -> Gated:
         """Gates that hold against attacks on these ones, unless such gates only exceed the tolerance.
@@ -114,16 +119,16 @@ class Gatekeeper:
         may do little where many together, as an adversary chooses them, set off what was to stay off.
         """
         self._harden(found.price)
-        other = self._sought(found.price)
+        other = self._sought(found.price, _LAST)
         return found if other.damage > self.tolerance >= found.damage else other
 
-    def _sought(self, first: float) -> Gated:
+    def _sought(self, first: float, again: int) -> Gated:
         aim = _SHARE * self.tolerance
         tried = [self.at(first)]
-        while not self._enough(aim, tried):
+        while not self._enough(aim, tried, again):
             price, known = _price_of(aim, tried), min(one.price for one in tried)
-            # Damage that rises in steps is on no power law.
-            tried.append(self.at(price if self._within(tried) else min(price, known / 2)))
+            # Damage that rises in steps is on no power law, and then smaller steps may never end.
+            tried.append(self.at(price if self._within(tried) or len(tried) == 1 else min(price, known / 2)))
         within = self._within(tried)
         return max(within, key=lambda one: one.price) if within else min(tried, key=lambda one: one.price)
 
@@ -141,12 +146,12 @@ class Gatekeeper:
     def _within(self, tried: Sequence[Gated]) -> list[Gated]:
         return [one for one in tried if one.damage <= self.tolerance]
 
-    def _enough(self, aim: float, tried: Sequence[Gated]) -> bool:
+    def _enough(self, aim: float, tried: Sequence[Gated], again: int) -> bool:
         """Whether some damage is within the tolerance and not far below the aim, or enough prices were tried."""
         within = self._within(tried)
         if not within:
-            return len(tried) > 2 * _AGAIN
-        return len(tried) > _AGAIN or max(one.damage for one in within) >= _LITTLE * aim
+            return len(tried) > 2 * again
+        return len(tried) > again or max(one.damage for one in within) >= _LITTLE * aim
 
     def at(self, price: float) -> Gated:
         """The gates of a known price, with their damage and their bits."""
@@ -196,13 +201,24 @@ def _combined(two: Callable[[Tensor, Tensor], Tensor], one: Hits, other: Hits) -
 
 
 def _price_of(aim: float, tried: Sequence[Gated]) -> float:
-    """Where the damage should be the aim: on the power law through the two nearest tries, or of a usual slope."""
+    """Where the damage should be the aim: between tries on either side of it, else on a power law beyond them all."""
+    above = min((one.price for one in tried if one.damage > aim), default=math.inf)
+    below = max((one.price for one in tried if one.damage <= aim and one.price < above), default=0.0)
+    if below and above < math.inf:
+        return _between(aim, *(next(one for one in tried if one.price == price) for price in (below, above)))
     one, *others = sorted(tried, key=lambda one: abs(excess(one.damage, aim)))
     slope = _SLOPE
     if others and others[0].price != one.price:
         rise = excess(others[0].damage, aim) - excess(one.damage, aim)
         slope = min(max(rise / math.log(others[0].price / one.price), _SLOPES[0]), _SLOPES[1])
     return one.price * math.exp(-excess(one.damage, aim) / slope)
+
+
+def _between(aim: float, below: Gated, above: Gated) -> float:
+    """On the power law through both, but off either end, as damage may rise in a step."""
+    low, high = excess(below.damage, aim), excess(above.damage, aim)
+    share = min(max(low / (low - high), _MARGIN), 1 - _MARGIN)
+    return below.price * (above.price / below.price) ** share
 
 
 def frequencies(importances: Masks, processes: Processes = ALONE) -> Mapping[str, Float[Tensor, " component"]]:

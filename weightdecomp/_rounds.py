@@ -20,6 +20,8 @@ from weightdecomp._sample import Sample
 from weightdecomp._sharded import stored
 
 _BETTER = 0.99  # a round must save at least one bit in a hundred to be kept
+_YIELD = 0.15  # power of the damage by which bits fall; .12 to .17 over prices in the digits
+_LEAST = 0.1  # share of the tolerance below which less damage counts as nothing more
 _PATIENCE = 2  # rounds in a row that may fail before refinement ends
 _FEWEST = 8  # inputs of many rows in a step: four for each source of the adversary's pool
 
@@ -99,7 +101,13 @@ def _on_device(found: Mapping[str, torch.Tensor], like: Mapping[str, torch.Tenso
 def _cheaper(new: Gated, old: Gated, tolerance: float) -> bool:
     if new.damage > tolerance >= old.damage:
         return False
-    return new.ledger.per_input < _BETTER * old.ledger.per_input
+    return _at_tolerance(new, tolerance) < _BETTER * _at_tolerance(old, tolerance)
+
+
+def _at_tolerance(gated: Gated, tolerance: float) -> float:
+    """Bits per input as they would be if the damage were the tolerance: what is left unused by chance is no cost."""
+    floor = _LEAST * tolerance  # damage that is none at all would make bits none as well
+    return gated.ledger.per_input * (max(gated.damage, floor) / tolerance) ** _YIELD
 
 
 def _per_step(rows: int, per_input: int, processes: int) -> int:

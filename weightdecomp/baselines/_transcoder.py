@@ -4,11 +4,15 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import takewhile
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from weightdecomp._batches import call, select, size, tensors
+from weightdecomp._forward import Operands, replaced
+from weightdecomp._sites import Site
 from weightdecomp.baselines._bank import Bank, Fitted
 from weightdecomp.baselines._coder import Coder, fitted, scale, started
 from weightdecomp.baselines._data import Data, Inapplicable, OnStep
@@ -17,20 +21,23 @@ from weightdecomp.baselines._sae import ROWS_PER_LATENT, latents_at
 from weightdecomp.baselines._train import Training, trained
 
 Span = tuple[str, str]
+_TRIED = 8  # inputs on which it is tried whether rows depend on others
+_ROUNDING = 1e-5  # change, relative to the rows, that does not count
 
 
 def spans(data: Data) -> list[Span]:
     """Pairs of sites, the first one read and the second one written; a site that is left over is a pair of itself.
 
-    Two neighbours in the model's order whose rows correspond make a pair, as the two matrices of an MLP do. Of sites
-    that read the same rows, as the gate and the up matrix of a gated MLP, the first one stands for all.
+    Two neighbours in the model's order make a pair where a row of the second depends on no other row of the first, as
+    in an MLP, but not on either side of attention. Of sites that read the same rows, as the gate and the up matrix of a
+    gated MLP, the first one stands for all.
     """
     paths, found = [site.path for site in data.sites], []
     while paths:
         first = paths[0]
         alike = list(takewhile(partial(_read_alike, data, first), paths))
         paths = paths[len(alike) :]
-        if paths and data.layout(first) == data.layout(paths[0]):
+        if paths and data.layout(first) == data.layout(paths[0]) and _by_row(data, alike, paths[0]):
             found.append((first, paths.pop(0)))
         else:
             found += [(path, path) for path in alike]
@@ -39,6 +46,31 @@ def spans(data: Data) -> list[Span]:
 
 def _read_alike(data: Data, one: str, other: str) -> bool:
     return data.layout(one) == data.layout(other) and torch.equal(data.inputs(one), data.inputs(other))
+
+
+def _by_row(data: Data, first: Sequence[str], then: str) -> bool:
+    """Whether every other input row of a site stays as it is when the rows between are taken from sites before it."""
+    batch = data.batches[0]
+    batch = select(batch, torch.arange(min(size(batch), _TRIED), device=tensors(batch)[0].device))
+
+    def rows(share: float) -> Tensor:
+        seen: list[Tensor] = []
+
+        def forward(site: Site, _: int, operands: Operands) -> Any:
+            written = site.read(operands, site.matrix())
+            if site.path == then:
+                seen.append(site.vectors(operands).flatten(0, -2)[1::2])
+            else:
+                number = torch.arange(written[..., 0].numel(), device=written.device).view(*written.shape[:-1], 1)
+                written = torch.where(number % 2 == 1, written, share * written)
+            return site.write(written, operands)
+
+        with torch.no_grad(), replaced([data.site(path) for path in (*first, then)], forward):
+            call(data.model, batch)
+        return torch.cat(seen)
+
+    target = rows(1.0)
+    return float((rows(0.0) - target).abs().sum()) <= _ROUNDING * float(target.abs().sum())
 
 
 def _checked(data: Data) -> list[Span]:
