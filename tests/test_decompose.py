@@ -255,7 +255,7 @@ def test_an_input_stands_once_in_the_list_with_its_largest_position_and_call(twi
     one = twice.component("mix", 0)
     later = F.relu(twice.target.mix(inputs)).detach()
     calls = torch.stack([inputs, later]) @ one.right[0] * one.left[0].norm()
-    assert_close(found[0][1], float(calls.flatten()[calls.abs().argmax()]))
+    assert_close(torch.tensor(found[0][1]), calls.flatten()[calls.abs().argmax()])
 
 
 def test_the_divergence_is_chosen_and_said_why(quick: None):
