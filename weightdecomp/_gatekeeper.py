@@ -29,7 +29,7 @@ _LITTLE = 0.85  # share of the aim from which a damage below it is near enough
 _SLOPE = 1.5  # power of the price by which damage usually rises
 _SLOPES = (0.5, 4.0)  # and least and largest that are believed
 _MARGIN = 0.2  # share of the way between two prices that the next one keeps from either
-_SHARE = 0.85  # share of the tolerance aimed at, so that longer attacks on other inputs still meet it
+_SHARE = 0.7  # share of the tolerance aimed at, so that longer attacks on other inputs still meet it
 
 
 Hits = dict[str, list[Tensor]]  # per site and call, divergence per input and component, in the shape of importances
