@@ -102,10 +102,15 @@ def record(word: str) -> list[dict[str, Any]]:
 
 def joined(found: Sequence[dict[str, Any]], records: Sequence[Sequence[dict[str, Any]]]) -> list[dict[str, Any]]:
     """The cells found, and those of records that they lack, as other machines or commits made them."""
-    cells = {(one["task"], one["method"], one["seed"]): one for one in found}
+    cells = {_name(one): one for one in found}
     for one in chain.from_iterable(records):
-        cells.setdefault((one["task"], one["method"], one["seed"]), one)
+        cells.setdefault(_name(one), one)
     return list(cells.values())
+
+
+def _name(one: dict[str, Any]) -> tuple[str, str, int]:
+    """What tells a cell from others."""
+    return one["task"], one["method"], one["seed"]
 
 
 def summary(found: Sequence[dict[str, Any]]) -> str:
@@ -161,7 +166,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--join", type=record, action="append", default=[], metavar="FILE", help="show the cells of this record as well"
     )
-    parser.add_argument("--out", type=Path, default=RESULTS, metavar="DIR", help="default: %(default)s")
+    parser.add_argument("--out", type=Path, default=RESULTS / "traps", metavar="DIR", help="default: %(default)s")
     given = parser.parse_args(arguments)
     if not given.jobs:
         parser.error("--jobs must be a number of cells, or -1 for one a core; got 0")
@@ -175,8 +180,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         known = [*(task.name for task in TASKS), *dict.fromkeys(cell.method for cell in cells(effort))]
         parser.error(f"no task like {given.task!r} with a method like {given.method!r}; there are {', '.join(known)}")
     found = joined(run(effort, given.shard, CACHE, only=only, jobs=given.jobs), given.join)
-    there = {(one["task"], one["method"], one["seed"]) for one in found}
-    missing = sum((cell.task.name, cell.method, cell.seed) not in there for cell in cells(effort))
+    order = {(cell.task.name, cell.method, cell.seed): i for i, cell in enumerate(cells(effort))}
+    found.sort(key=lambda one: order.get(_name(one), len(order)))
+    missing = len(order.keys() - set(map(_name, found)))
     header, *rows = costs(found)
     text = f"{summary(found)}\n\n{table(header, rows)}\n"
     text += f"\n{missing} cells are still missing.\n" if missing else ""

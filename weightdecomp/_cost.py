@@ -1,6 +1,8 @@
 """What work costs: processor time of this process, and memory at its peak."""
 
+import ctypes
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,10 +43,12 @@ class Meter:
         if self._cuda:
             torch.cuda.reset_peak_memory_stats()
             return
-        try:
+        with suppress(
+            OSError, AttributeError
+        ):  # only glibc has it; memory that is freed but held hides what comes next
+            ctypes.CDLL(None).malloc_trim(0)
+        with suppress(OSError):  # only Linux can, and not everywhere
             Path("/proc/self/clear_refs").write_text("5")
-        except OSError:
-            return  # only Linux can, and not everywhere
 
     @property
     def cost(self) -> Cost:
