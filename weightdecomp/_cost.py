@@ -43,11 +43,11 @@ class Meter:
         if self._cuda:
             torch.cuda.reset_peak_memory_stats()
             return
-        with suppress(
-            OSError, AttributeError
-        ):  # only glibc has it; memory that is freed but held hides what comes next
+        # Memory that was freed but is still held would hide what comes next; only glibc gives it back.
+        with suppress(OSError, AttributeError):
             ctypes.CDLL(None).malloc_trim(0)
-        with suppress(OSError):  # only Linux can, and not everywhere
+        # Only Linux forgets a peak, and not everywhere.
+        with suppress(OSError):
             Path("/proc/self/clear_refs").write_text("5")
 
     @property
