@@ -40,7 +40,7 @@ from weightdecomp._verification import Verification
 _MISTAKES = (ValueError, TypeError, OSError, ImportError)
 _UNMET, _MISTAKE, _LOST, _INTERRUPTED = 1, 2, 3, 130
 _TOLERANCE = inspect.signature(decompose).parameters["tolerance"].default
-_DEMO_DAMAGE = 0.1  # of the demo's circuit graph, with all else ablated in the worst way found
+_DEMO_DAMAGE = 5  # times the tolerance, or what the run reached: the demo's graph, all else ablated in the worst way
 _ATTACK = 1280  # steps of the longest attack, unless given
 _EDGES = 500  # of a report's circuit graph, unless given
 
@@ -328,7 +328,8 @@ def _demo_circuit(given: argparse.Namespace, decomposition: Decomposition, image
     whole = graphs.circuit_graph(decomposition, list(images), input_titles=pixels, output_titles=digits)
     # By influence alone a graph looks complete long before the model works on it, so the damage decides.
     own = {"decomposition": decomposition, "inputs": images[0], "seed": given.seed}
-    graph = graphs.prune(whole, damage=_DEMO_DAMAGE, regime="adversarial", **own)
+    damage = min(1.0, _DEMO_DAMAGE * max(decomposition.tolerance, decomposition.outcome.damage))
+    graph = graphs.prune(whole, damage=damage, regime="adversarial", **own)
     graph = graphs.modules(graphs.score(graph, **own), seed=given.seed)
     graphs.write(graph, given.out / "circuit.graphml")
     graphs.write(graph, given.out / "circuit.html")
