@@ -33,7 +33,7 @@ def test_the_examples_of_the_engine_run_one_after_the_other(tmp_path: Path, monk
 
     exec(example("## Beside activation-based methods"), names)
 
-    assert [row.method for row in names["comparison"].rows][1:] == ["neurons", "pca", "nmf", "svd", "sae topk"]
+    assert [row.method for row in names["comparison"].rows][1:] == ["neurons", "pca", "svd", "sae topk"]
 
     exec(example("## Circuits as graphs"), names)
 
