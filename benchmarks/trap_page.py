@@ -10,9 +10,7 @@ from benchmarks.trap_tasks import NULLS, Task
 _WIDTH, _HEIGHT = 96, 48  # of one mechanism's picture
 
 
-def page(
-    cells: Sequence[dict[str, Any]], tasks: Sequence[Task], bar: float, costs: Sequence[Sequence[str]] = ()
-) -> str:
+def page(cells: Sequence[dict[str, Any]], tasks: Sequence[Task], bar: float, costs: Sequence[Sequence[str]]) -> str:
     """One HTML file that needs nothing else; a cell opens to the pictures of its mechanisms.
 
     Args:

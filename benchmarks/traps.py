@@ -183,15 +183,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     order = {(cell.task.name, cell.method, cell.seed): i for i, cell in enumerate(cells(effort))}
     found.sort(key=lambda one: order.get(_name(one), len(order)))
     missing = len(order.keys() - set(map(_name, found)))
-    header, *rows = costs(found)
-    text = f"{summary(found)}\n\n{table(header, rows)}\n"
+    spent = costs(found)
+    text = f"{summary(found)}\n\n{table(spent[0], spent[1:])}\n"
     text += f"\n{missing} cells are still missing.\n" if missing else ""
     # One seed's pictures are shown; those of others would be most of the record.
     kept = [one if one["seed"] == 0 else {**one, "pictures": []} for one in found]
     document = {"provenance": provenance(), "missing": missing, "cells": kept}
     write(given.out / f"{name}.json", json.dumps(document, allow_nan=False, separators=(",", ":")))
     write(given.out / f"{name}.md", text)
-    write(given.out / f"{name}.html", page(found, TASKS, PASS, costs(found)))
+    write(given.out / f"{name}.html", page(found, TASKS, PASS, spent))
     print(text)
     return 0
 

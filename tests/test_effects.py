@@ -15,8 +15,9 @@ from weightdecomp._divergence import kl, mse
 from weightdecomp._effects import effects, sensitivities
 from weightdecomp._forward import inner_activations, masked, recorded
 from weightdecomp._pieces import Pieces, rank_one_pieces
-from weightdecomp._sites import Site, find_sites
+from weightdecomp._sites import find_sites
 from weightdecomp._trade import Trade, highest_price, opened
+from weightdecomp._upstream import Upstream
 
 
 def estimated(model: nn.Module, x: Tensor, path: str, pieces: Pieces) -> Tensor:
@@ -137,9 +138,9 @@ def test_points_of_a_coarser_path_are_not_computed_again(monkeypatch: pytest.Mon
     record, shares = recorded(model, x, [site]), list[float]()
     on_path = _effects._on_path
 
-    def counted(model: nn.Module, batch: Tensor, site: Site, up: Any, share: float) -> tuple[Tensor, list[Tensor]]:
+    def counted(upstream: Upstream, share: float) -> tuple[Tensor, list[Tensor]]:
         shares.append(share)
-        return on_path(model, batch, site, up, share)
+        return on_path(upstream, share)
 
     monkeypatch.setattr(_effects, "_on_path", counted)
     (found,) = sensitivities(model, x, site, record, "mse", torch.Generator().manual_seed(0))

@@ -214,7 +214,7 @@ def test_a_stopped_run_goes_on_and_shards_make_a_whole(tmp_path: Path, monkeypat
     assert len(both) == len(traps.cells(TINY)) == 8
     assert again == both
     assert {file: file.stat().st_mtime_ns for file in tmp_path.iterdir()} == before
-    html = page(both, TASKS[2:4], 0.95)
+    html = page(both, TASKS[2:4], 0.95, traps.costs(both))
     assert "<svg" in html
     assert "http" not in html.replace("http://www.w3.org", "")
     assert "twins" in traps.summary(both)

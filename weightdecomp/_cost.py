@@ -30,25 +30,27 @@ class Meter:
         """Start.
 
         Args:
-            fresh: Let the system forget earlier peaks of this process. Without, its own accounting is left alone, and a
-                peak from before counts where it was higher.
+            fresh: Let the system forget earlier peaks of this process; where it does not, there is no figure. Without,
+                its own accounting is left alone, and a peak from before counts where it was higher.
         """
         self._cuda = torch.cuda.is_available() and torch.cuda.is_initialized()
-        if fresh:
-            self._forget()
-        self._before = torch.cuda.memory_allocated() if self._cuda else _resident("VmRSS")
+        forgotten = self._forget() if fresh else True
+        self._before = torch.cuda.memory_allocated() if self._cuda else _resident("VmRSS") if forgotten else None
         self._cpu = time.process_time()
 
-    def _forget(self) -> None:
+    def _forget(self) -> bool:
+        """Whether the peak counts from now on."""
         if self._cuda:
             torch.cuda.reset_peak_memory_stats()
-            return
+            return True
         # Memory that was freed but is still held would hide what comes next; only glibc gives it back.
         with suppress(OSError, AttributeError):
             ctypes.CDLL(None).malloc_trim(0)
-        # Only Linux forgets a peak, and not everywhere.
-        with suppress(OSError):
+        try:
             Path("/proc/self/clear_refs").write_text("5")
+        except OSError:
+            return False  # only Linux forgets a peak, and not everywhere
+        return True
 
     @property
     def cost(self) -> Cost:

@@ -51,22 +51,20 @@ def sensitivities(
     probes = drawn_probes(record, divergence, rng)
     upstream = Upstream(model, batch, site)
     with torch.no_grad():
-        start, _ = _on_path(model, batch, site, upstream, 0.0)
+        start, _ = _on_path(upstream, 0.0)
         change = torch.stack([((output_tensor(record.output) - start) * probe).sum() for probe in probes])
     sums, n = _Sums([], torch.zeros_like(change)), _FEWEST
-    _add(sums, model, batch, site, upstream, probes, [(i + 0.5) / n for i in range(n)])
+    _add(sums, upstream, probes, [(i + 0.5) / n for i in range(n)])
     while n < _MOST and float((sums.gained / n - change).norm()) > _MISSED * float(change.norm()):
         n *= 3
         # Every third midpoint is one of a path in a third as many parts.
-        _add(sums, model, batch, site, upstream, probes, [(i + 0.5) / n for i in range(n) if i % 3 != 1])
+        _add(sums, upstream, probes, [(i + 0.5) / n for i in range(n) if i % 3 != 1])
     return [one / n for one in sums.gradients]
 
 
-def _on_path(
-    model: nn.Module, batch: Batch, site: Site, upstream: Upstream, share: float
-) -> tuple[Tensor, list[Tensor]]:
+def _on_path(upstream: Upstream, share: float) -> tuple[Tensor, list[Tensor]]:
     """The output with a share of the site's weight, and the site's output rows, one leaf for each call."""
-    weight, leaves = site.matrix(), list[Tensor]()
+    weight, leaves = upstream.site.matrix(), list[Tensor]()
 
     def forward(site: Site, index: int, operands: tuple) -> Any:
         rows = share * site.read(operands, weight)
@@ -75,8 +73,8 @@ def _on_path(
         leaves.append(rows)
         return site.write(rows, operands)
 
-    with upstream.kept(), replaced([site], forward):
-        return output_tensor(call(model, batch)), leaves
+    with upstream.kept(), replaced([upstream.site], forward):
+        return output_tensor(call(upstream.model, upstream.batch)), leaves
 
 
 class _Sums(NamedTuple):
@@ -86,19 +84,11 @@ class _Sums(NamedTuple):
     gained: Float[Tensor, " probe"]
 
 
-def _add(
-    sums: _Sums,
-    model: nn.Module,
-    batch: Batch,
-    site: Site,
-    upstream: Upstream,
-    probes: Sequence[Tensor],
-    shares: Sequence[float],
-) -> None:
+def _add(sums: _Sums, upstream: Upstream, probes: Sequence[Tensor], shares: Sequence[float]) -> None:
     """Add what is found at some points of the path, each where a share of the weight is on."""
     for share in shares:
         with torch.enable_grad():
-            output, leaves = _on_path(model, batch, site, upstream, share)
+            output, leaves = _on_path(upstream, share)
             projections = [(output * probe).sum() for probe in probes]
         for k, projection in enumerate(projections):
             for index, grad in enumerate(_gradients(projection, leaves, k + 1 < len(probes))):

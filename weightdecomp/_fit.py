@@ -66,7 +66,7 @@ def chosen_start(
 
         def whole(name: str) -> float:
             pieces, near = members[name].pieces, spent[name].price
-            one = _spent(model, sample, site, upstream, pieces, divergence, tolerance, tolerance, near)
+            one = _spent(sample, upstream, pieces, divergence, tolerance, tolerance, near)
             return _work(pieces, size, one, tolerance)
 
         best = _plainer(members, best, whole)
@@ -132,12 +132,12 @@ def priced(
     members = portfolio(matrix, reach, rows, hits, sensitivity, most)
     upstream = Upstream(model, sample.batch, site)
     singular = members["svd"]
-    first = _spent(model, sample, site, upstream, singular.pieces, divergence, tolerance, share, None)
+    first = _spent(sample, upstream, singular.pieces, divergence, tolerance, share, None)
     members |= turned(singular.pieces, rows, first.frequency, singular.held)
     spent = {"svd": first}
     for name, one in members.items():
         if name not in spent:
-            spent[name] = _spent(model, sample, site, upstream, one.pieces, divergence, tolerance, share, first.price)
+            spent[name] = _spent(sample, upstream, one.pieces, divergence, tolerance, share, first.price)
     return Priced(reach, members, spent, rows.square().mean(0).sqrt(), upstream)
 
 
@@ -167,9 +167,7 @@ def _plainer(members: Mapping[str, Member], best: str, whole: Callable[[str], fl
 
 
 def _spent(
-    model: nn.Module,
     sample: Sample,
-    site: Site,
     upstream: Upstream,
     pieces: Pieces,
     divergence: Divergence,
@@ -177,6 +175,7 @@ def _spent(
     share: float,
     near: float | None,
 ) -> _Spent:
+    site = upstream.site
     inner = inner_activations(sample.record, site, pieces)
     sizes = [pieces.activations(h) for h in inner]
     trade = traded(sizes, alone(pieces, inner, sample.sensitivity[site.path]))
@@ -185,7 +184,7 @@ def _spent(
         thresholds = trade.thresholds(price)
         masks = {site.path: [opened(a, thresholds) for a in sizes]}
         with upstream.kept():
-            output = masked(model, sample.batch, [site], {site.path: pieces}, masks)
+            output = masked(upstream.model, upstream.batch, [site], {site.path: pieces}, masks)
         return float(divergence(output, sample.record.output).mean())
 
     best = affordable(damage, share * sample.nothing, trade.typical, near)

@@ -202,10 +202,10 @@ def _combined(two: Callable[[Tensor, Tensor], Tensor], one: Hits, other: Hits) -
 
 def _price_of(aim: float, tried: Sequence[Gated]) -> float:
     """Where the damage should be the aim: between tries on either side of it, else on a power law beyond them all."""
-    above = min((one.price for one in tried if one.damage > aim), default=math.inf)
-    below = max((one.price for one in tried if one.damage <= aim and one.price < above), default=0.0)
-    if below and above < math.inf:
-        return _between(aim, *(next(one for one in tried if one.price == price) for price in (below, above)))
+    ascending = sorted(tried, key=lambda one: one.price)
+    first = next((i for i, one in enumerate(ascending) if excess(one.damage, aim) > 0), 0)
+    if first:
+        return _between(aim, ascending[first - 1], ascending[first])
     one, *others = sorted(tried, key=lambda one: abs(excess(one.damage, aim)))
     slope = _SLOPE
     if others and others[0].price != one.price:

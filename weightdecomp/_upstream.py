@@ -18,21 +18,27 @@ class Upstream:
 
     What a site does cannot change them. Whole modules are kept rather than their parts, so that of a transformer the
     blocks before the site's are not run again, nor the attention in them.
+
+    Attributes:
+        model: The target.
+        batch: The inputs.
+        site: The site.
     """
 
     def __init__(self, model: nn.Module, batch: Batch, site: Site) -> None:
         """Run the target once."""
-        self._over = _Calls(site.module)
-        with torch.no_grad(), forwards({one: self._over.noting(one) for one in model.modules()}):
+        self.model, self.batch, self.site = model, batch, site
+        calls = _Calls(site.module)
+        with torch.no_grad(), forwards({one: calls.noting(one) for one in model.modules()}):
             call(model, batch)
+        self._outputs: dict[nn.Module, list[Any]] = {}
+        for module, output in calls.found:
+            self._outputs.setdefault(module, []).append(output)
 
     @contextmanager
     def kept(self) -> Iterator[None]:
         """Let one forward pass on the same batch take these outputs as they are; gradients end there."""
-        outputs: dict[nn.Module, list[Any]] = {}
-        for module, output in self._over.found:
-            outputs.setdefault(module, []).append(output)
-        with forwards({module: _replayed(module.forward, own) for module, own in outputs.items()}):
+        with forwards({module: _replayed(module.forward, own) for module, own in self._outputs.items()}):
             yield
 
 

@@ -190,8 +190,7 @@ def ablated_output(on: Trial, fitted: Fitted, units: Mapping[int, Sequence[int]]
         fitted: The units.
         units: Per bank, the numbers of the units to take out.
     """
-    gone = {number: list(numbers) for number, numbers in units.items() if len(numbers)}
-    pieces = {number: _pieces_of(fitted.banks[number], own) for number, own in gone.items()}
+    pieces = {number: _pieces_of(fitted.banks[number], own) for number, own in units.items() if len(own)}
     step = Pass(fitted, clean=_clean(on, fitted))
 
     def forward(site: Site, index: int, operands: Operands) -> Any:
@@ -210,7 +209,7 @@ def ablated_output(on: Trial, fitted: Fitted, units: Mapping[int, Sequence[int]]
 
 def _pieces_of(bank: Bank, units: Sequence[int]) -> Tensor:
     """The numbers of the pieces of some units."""
-    own = torch.tensor(units, device=bank.numbers.device)
+    own = torch.tensor(list(units), device=bank.numbers.device)
     return own if bank.owner is None else torch.isin(bank.owner, own.to(bank.owner)).nonzero().flatten()
 
 
