@@ -11,7 +11,7 @@ from torch import nn
 from torch.testing import assert_close
 
 from tests.models import seeded, sparse
-from weightdecomp import Comparison, Decomposition, compare
+from weightdecomp import Comparison, Decomposition, _progress, compare
 from weightdecomp._compare import matched_cosine
 from weightdecomp._divergence import named
 from weightdecomp._ledger import price, value_bits
@@ -404,3 +404,16 @@ def test_neurons_cost_no_stored_directions(decomposed: Decomposition):
     found = compare(decomposed, [sparse(256, 5)], [Neurons()], attack=1, progress=False).row("neurons")
 
     assert found.points[0].ledger.dictionary < 0.2 * found.points[0].ledger.total
+
+
+def test_a_long_fit_shows_its_steps(
+    decomposed: Decomposition, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+):
+    monkeypatch.setattr(_progress, "_RARELY", 0.0)
+
+    compare(decomposed, [sparse(64, 5)], [QUICK_SAE], attack=1, tune=False)
+
+    told = capfd.readouterr().err
+    assert "sae topk" in told
+    assert "step 7]" in told
+    assert "step 20]" in told

@@ -19,7 +19,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from tqdm import tqdm
 
 from weightdecomp import Config, Decomposition, NumericalWarning, decompose, load
 from weightdecomp._given import (
@@ -33,6 +32,7 @@ from weightdecomp._given import (
 from weightdecomp._loading import loaded_divergence
 from weightdecomp._pretrained import Pretrained
 from weightdecomp._processes import Processes, ProcessLost, job
+from weightdecomp._progress import shown
 from weightdecomp._storage import check_vacant
 from weightdecomp._verification import Verification
 
@@ -360,7 +360,7 @@ def _config(given: argparse.Namespace) -> Config:
 
 def _verified(given: argparse.Namespace, decomposition: Decomposition, batches: Any, steps: int) -> Verification:
     """`Decomposition.verify` under a progress bar."""
-    with tqdm(desc="verify", disable=given.no_progress, leave=False, dynamic_ncols=True) as bar:
+    with shown(not given.no_progress, doing="verify") as bar:
 
         def show(done: int, total: int) -> None:
             bar.total = total

@@ -13,7 +13,6 @@ from dataclasses import replace
 import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
-from tqdm import tqdm
 
 from weightdecomp import baselines
 from weightdecomp._batches import Batch, joined, select, size, tensors
@@ -21,9 +20,10 @@ from weightdecomp._comparison import Comparison, Point, Row
 from weightdecomp._cost import Meter
 from weightdecomp._decomposition import Decomposition
 from weightdecomp._judge import Judge, Share, known, labelled
+from weightdecomp._progress import shown
 from weightdecomp.baselines import protocols
 from weightdecomp.baselines._bank import Fitted
-from weightdecomp.baselines._data import Data, Inapplicable
+from weightdecomp.baselines._data import Data, Inapplicable, OnStep
 from weightdecomp.baselines._method import Method
 from weightdecomp.baselines._ours import as_fitted
 
@@ -61,7 +61,7 @@ def compare(
         inputs: Inputs to score on at most.
         attack: Steps of the adversarial protocol, 3 restarts.
         tune: Try the grids; False takes every method's defaults.
-        progress: Show a progress bar on a terminal's stderr.
+        progress: Show a bar on stderr, with the steps of the fit that is going on.
 
     Returns:
         A table, a plot and all figures. A method that cannot be used is a row with the reason.
@@ -83,11 +83,17 @@ def compare(
     judge = Judge(trial, data.tolerance, attack, _RESTARTS, labelled(trial, labels, index, among), known(trial, truth))
     own = judge(as_fitted(decomposition), 0, decomposition.outcome.cost)
     rows, points = [_row(own.method, [[own]], data.tolerance)], [own]
-    with tqdm(total=seeds * sum(len(grid) for grid in chosen.values()), disable=not progress, leave=False) as bar:
+    with shown(progress, seeds * sum(len(grid) for grid in chosen.values())) as bar:
 
-        def tell(method: Method, seed: int) -> None:
+        def step(number: int, _: dict[str, float]) -> None:
+            bar.set_postfix_str(f"step {number + 1}", refresh=False)
+            bar.update(0)
+
+        def tell(method: Method, seed: int) -> OnStep:
+            bar.set_postfix_str("", refresh=False)
             bar.set_description_str(f"{method.name}, {method.setting}, seed {seed}")
             bar.update()
+            return step
 
         for name, grid in chosen.items():
             row, found = _scored(name, grid, data, judge, seeds, tell)
@@ -160,7 +166,7 @@ def _scored(
     data: Data,
     judge: Judge,
     seeds: int,
-    tell: Callable[[Method, int], None],
+    tell: Callable[[Method, int], OnStep],
 ) -> tuple[Row, list[Point]]:
     """A method at every setting and seed, and the reasons of those that are not there."""
     by_setting: list[list[Point]] = []
@@ -169,10 +175,10 @@ def _scored(
     for method in grid:
         points, fitted = [], []
         for seed in range(seeds):
-            tell(method, seed)
+            on_step = tell(method, seed)
             try:
                 meter = Meter(fresh=True)
-                one = method.fit(data, seed)
+                one = method.fit(data, seed, on_step)
                 cost = meter.cost
             except Inapplicable as error:
                 refused[method.setting] = str(error)

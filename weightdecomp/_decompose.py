@@ -82,7 +82,7 @@ def decompose(
         checkpoint: A folder to save progress in; the same call resumes from it and ends at the same result.
         config: Settings; the defaults serve every task.
         on_step: Called after every step with the step number and each measured term.
-        progress: Show a progress bar with the time left, on a terminal's stderr.
+        progress: Show a bar with the time left on stderr.
         group: Processes that all make this same call, inputs included, and share the work; None for this one alone.
             The result, which all return, is one process's up to the rounding of sums. Tensors on the CPU and those on
             the model's device must both have a backend in it, as `torch.distributed.init_process_group()` chooses.

@@ -6,6 +6,23 @@ from types import TracebackType
 
 from tqdm import tqdm
 
+_OFTEN, _RARELY = 0.1, 10.0  # seconds between two pictures of a bar, on a terminal and in a file or notebook
+
+
+def shown(visible: bool, total: int | None = None, doing: str | None = None) -> tqdm:
+    """A bar on stderr with the time left; `update(0)` shows what else has changed, no more often than counts do."""
+    every = _OFTEN if sys.stderr.isatty() else _RARELY
+    return tqdm(
+        total=total,
+        desc=doing,
+        disable=not visible,
+        file=sys.stderr,
+        leave=False,
+        dynamic_ncols=True,
+        mininterval=every,
+        miniters=0,
+    )
+
 
 class Progress:
     """A progress bar over the work units of a run: sites to start, steps to refine, and the closing computations."""
@@ -13,7 +30,7 @@ class Progress:
     def __init__(self, total: int, on_step: Callable[[int, dict[str, float]], None] | None, visible: bool) -> None:
         """Open the bar on stderr; an invisible one still calls `on_step`."""
         self.on_step = on_step
-        self.bar = tqdm(total=total, disable=not visible, file=sys.stderr, leave=False, dynamic_ncols=True)
+        self.bar = shown(visible, total)
 
     def __enter__(self) -> "Progress":
         """Enter with the bar open."""
