@@ -92,8 +92,8 @@ def record(word: str) -> list[dict[str, Any]]:
     """The cells of a record that a run wrote, each with its commit."""
     try:
         read = json.loads(Path(word).read_text())
-        commit, made = read["provenance"]["commit"], read["cells"]
-        return [{"commit": commit, **one} for one in made]
+        commit = read["provenance"]["commit"]
+        return list({_name(one): {"commit": commit, **one} for one in read["cells"]}.values())
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise argparse.ArgumentTypeError(
             f"expected a record of this benchmark, as traps-quick.json is, got {word!r} ({error})"

@@ -249,7 +249,12 @@ def test_cells_of_other_records_are_shown_beside_ones_own(tmp_path: Path):
     assert [(one["seed"], one["score"], one["commit"]) for one in found] == [(0, 0.5, "new"), (1, 0.2, "old")]
 
 
-@pytest.mark.parametrize("text", [None, "no JSON", "{}", "[]", '{"provenance": 1, "cells": []}', '{"cells": [3]}'])
+_OF_ANOTHER_KIND = '{"provenance": {"commit": "old"}, "cells": [{"commit": "old"}]}'
+
+
+@pytest.mark.parametrize(
+    "text", [None, "no JSON", "{}", "[]", '{"provenance": 1, "cells": []}', '{"cells": [3]}', _OF_ANOTHER_KIND]
+)
 def test_a_file_that_is_no_record_is_refused_before_anything_is_run(text: str | None, tmp_path: Path):
     file = tmp_path / "other.json"
     if text is not None:
