@@ -49,14 +49,15 @@ def types_unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def short(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Short attacks and one null, for runs that are not asked how good their result is."""
-    from weightdecomp import _gatekeeper, _null, _trade
+    """Short attacks, few steps of a start, and one null, for runs that are not asked how good their result is."""
+    from weightdecomp import _gatekeeper, _independent, _null, _trade
 
     monkeypatch.setattr(_gatekeeper, "REVIEW", (4, *_gatekeeper.REVIEW[1:]))
     monkeypatch.setattr(_gatekeeper, "_SCOUT", (2, *_gatekeeper._SCOUT[1:]))
     monkeypatch.setattr(_gatekeeper, "_PLAY", (2, 2))
     monkeypatch.setattr(_trade, "_ROUNDS", 4)
     monkeypatch.setattr(_null, "_DRAWS", 1)
+    monkeypatch.setattr(_independent, "_STEPS", 10)
 
 
 @pytest.fixture

@@ -141,7 +141,7 @@ def test_a_table_pads_its_columns():
 
 
 @pytest.mark.parametrize("part", ["sizes", "agreement", "digits"])
-def test_graphs_measures_every_part(part: str):
+def test_graphs_measures_every_part(part: str, quick: None):
     found = graph_benchmark.measured(part, smoke=True)
 
     figures = found["figures"]
@@ -265,7 +265,7 @@ def test_the_recall_model_learns():
 
 
 @pytest.mark.filterwarnings("ignore::weightdecomp.NumericalWarning")
-def test_language_models_are_measured_beside_nulls_and_other_methods(tmp_path: Path):
+def test_language_models_are_measured_beside_nulls_and_other_methods(tmp_path: Path, quick: None):
     """Without a data folder on this project's own documents; a second call finds the decompositions made."""
     call = ["--smoke", "--only", "characters", "--seeds", "1", "--out", str(tmp_path)]
 

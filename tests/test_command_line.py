@@ -273,7 +273,7 @@ def test_an_interrupted_run_says_how_to_resume(folder: Path):
 
 
 def test_the_demo_writes_a_report_and_the_decomposition(
-    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    here: Path, quick: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
     few = {split: [digits.batches(split)[0][:64]] for split in ("train", "test")}
     classes = digits.labels("test")[:64]
