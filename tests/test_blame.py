@@ -58,6 +58,25 @@ def test_shares_of_closed_gates_sum_to_the_divergence_that_the_sources_make():
     assert not found[:, 6:].any()  # on whatever their gates say
 
 
+def test_what_hides_behind_a_neuron_that_switched_off_is_blamed_on_no_bystander():
+    """With both closed, relu(2 x_0 - 1) is off and has no slope, and relu(x_1 + .1) / 1000 has little."""
+    x, little = torch.ones(2, 2, dtype=torch.float64), 1e-3
+    model = nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 1)).double()
+    with torch.no_grad():
+        model[0].weight.copy_(torch.tensor([[2.0, 0], [0, 1]]))
+        model[0].bias.copy_(torch.tensor([-1.0, 0.1]))
+        model[2].weight.copy_(torch.tensor([[1.0, little]]))
+        model[2].bias.zero_()
+    sites, _ = find_sites(model, x, ["0"])
+    pieces = Pieces(torch.eye(2).double(), model[0].weight.detach().T.contiguous(), torch.arange(2))
+    ablation = Ablation(model, sites, {"0": pieces}, choose("mse", model(x), False), {})
+    closed = Part(x, model(x).detach(), {"0": [torch.zeros(2, 2).double()]})
+
+    (found,) = blamed(ablation, closed, {"0": torch.zeros(1, 3).double()})["0"]
+
+    assert_close(found, torch.tensor([0, 2 * (1 + little) * little]).double().expand(2, 2))
+
+
 @pytest.mark.parametrize("bias", [-1.0, torch.inf])
 def test_nobody_is_to_blame_where_nothing_happens_or_the_output_is_not_finite(bias: float):
     ablation, x = guarded(2)

@@ -14,8 +14,9 @@ def blamed(ablation: Ablation, part: Part, sources: Sources) -> dict[str, list[T
 
     A gate's share is what opening it on that input would take away, to first order: the slope of the divergence along
     its mask, times the way from its source to 1. Such shares overlap, as any one of many gates may stop an attack, and
-    are scaled so that those of closed gates sum to the divergence. Gates that are open have the share that they would
-    have if they closed.
+    are scaled down so that those of closed gates sum to the divergence. They sum to less only where something that
+    switched off hides what did it; what little slope is left elsewhere is not to blame for that. Gates that are open
+    have the share that they would have if they closed.
 
     Args:
         ablation: The masked model.
@@ -43,5 +44,5 @@ def blamed(ablation: Ablation, part: Part, sources: Sources) -> dict[str, list[T
         closed = closed + sum((x * (1 - g)).sum() for x, g in zip(found[path], calls, strict=True))
     made, claimed = (float(x) for x in ablation.processes.sums([divergence.detach(), closed.detach()]))
     # None is to blame where no slope is left, or where the output is not finite.
-    scale = made / claimed if claimed > 0 and math.isfinite(made / claimed) else 0.0
+    scale = min(made / claimed, 1.0) if claimed > 0 and math.isfinite(made / claimed) else 0.0
     return {path: [x * scale for x in calls] for path, calls in found.items()}
