@@ -40,6 +40,13 @@ def test_the_planted_backdoor_acts_where_it_says(tmp_path: Path):
     assert float(extra[~truth].abs().max()) < 1e-4
 
 
+def test_the_gates_of_a_backdoor_that_was_found_say_where_it_acts():
+    """Decomposed by the default configuration; a twentieth of the inputs are true cases, as many are near misses."""
+    found = editing_monitor.planted(1, None)
+
+    assert found["precision"] > 0.95 and found["recall"] > 0.95
+
+
 def test_the_calibrated_level_parts_what_can_be_parted(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(editing_monitor, "strength", lambda watch, images: images)
 
