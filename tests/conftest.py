@@ -1,6 +1,7 @@
 """What all tests share: a seeded generator, one thread, and the data that may be missing."""
 
 import os
+import signal
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,6 +20,10 @@ _DATA = Path(__file__).parents[2] / "shared" / "data"
 # compete for two cores, and sums then have one order. The variable makes child processes agree.
 os.environ["OMP_NUM_THREADS"] = "1"
 torch.set_num_threads(1)
+
+# What is started in the background ignores Ctrl-C, and so would the children that tests interrupt.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # The same examples at every run, and no verdict that hangs on how busy the machine is.
 settings.register_profile(
