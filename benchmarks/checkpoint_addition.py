@@ -1,8 +1,6 @@
 """A transformer that grokked (a + b) mod 113: components beside the Fourier planes that it is known to use."""
 
 import math
-import time
-import warnings
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,7 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import weightdecomp as wd
-from benchmarks.checkpoint_scores import Known, damage_table, score_table, scores
+from benchmarks.checkpoint_scores import Known, damage_table, decomposed, score_table, scores
 from benchmarks.report import provenance, spread, write, write_json
 from benchmarks.trap_parts import rows_of
 from weightdecomp._sites import Site
@@ -154,21 +152,8 @@ def measured(model: Adder, seed: int, settings: Settings) -> dict[str, Any]:
     """One decomposition of all four sites, verified and scored on held-out pairs."""
     every = pairs()[torch.randperm(MODULUS**2, generator=torch.Generator().manual_seed(seed))]
     unseen, seen = every[: settings.scored], every[settings.scored :]
-    start = time.process_time()
-    with warnings.catch_warnings(action="ignore", category=wd.NumericalWarning):
-        decomposition = wd.decompose(
-            model, [seen], sites=SITES, divergence="mse", seed=seed, config=settings.config, progress=False
-        )
-    seconds = time.process_time() - start
-    print(decomposition, flush=True)
-    verification = decomposition.verify([unseen], steps=settings.attack, inputs=settings.scored)
-    return {
-        "seed": seed,
-        "CPU-seconds": seconds,
-        "verdict": decomposition.outcome.verdict,
-        "verification": verification.to_dict(),
-        "scores": scores(decomposition, mechanisms(model), unseen, seen, seed, rotated),
-    }
+    found, told = decomposed(model, seen, unseen, SITES, "mse", seed, settings.attack, settings.config)
+    return told | {"scores": scores(found, mechanisms(model), unseen, seen, seed, rotated)}
 
 
 def run(out: Path, data: Path, smoke: bool) -> None:

@@ -1,9 +1,11 @@
 """Methods beside mechanisms that are known in a trained model: causal-effect matching, site by site, and its tables."""
 
+import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 import weightdecomp as wd
 from benchmarks.report import spread, table
@@ -17,6 +19,29 @@ Known = Mapping[str, Mapping[str, Tensor]]
 """By site and name of the mechanism, its share of the site's weight."""
 
 _PLAIN = {"singular pairs": baselines.SVD(), "neurons": baselines.Neurons()}
+
+
+def decomposed(
+    model: nn.Module,
+    seen: Tensor,
+    unseen: Tensor,
+    sites: Sequence[str],
+    divergence: str,
+    seed: int,
+    attack: int,
+    config: wd.Config | None,
+) -> tuple[wd.Decomposition, dict[str, Any]]:
+    """A decomposition, and the part of its record that tells its cost, its verdict and how it does on unseen inputs."""
+    start = time.process_time()
+    with warnings.catch_warnings(action="ignore", category=wd.NumericalWarning):
+        found = wd.decompose(
+            model, [seen], sites=sites, divergence=divergence, seed=seed, config=config, progress=False
+        )
+    seconds = time.process_time() - start
+    print(found, flush=True)
+    verification = found.verify([unseen], steps=attack, inputs=len(unseen)).to_dict()
+    told = {"seed": seed, "CPU-seconds": seconds, "verdict": found.outcome.verdict, "verification": verification}
+    return found, told
 
 
 def rivals(site: Site, shares: Sequence[Tensor], data: Data, seed: int) -> dict[str, Fitted]:
