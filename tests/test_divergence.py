@@ -56,7 +56,7 @@ LOGITS = SimpleNamespace(logits=torch.zeros(4, 3))
 
 
 @pytest.mark.parametrize(
-    "output, integer_inputs, name, reason",
+    "output, of_ids, name, reason",
     [
         (torch.zeros(4, 3), False, "mse", "nothing marks it as logits; pass divergence='kl' if it is"),
         (torch.zeros(4), True, "mse", "nothing marks it as logits"),
@@ -64,8 +64,8 @@ LOGITS = SimpleNamespace(logits=torch.zeros(4, 3))
         (LOGITS, False, "kl", "the model returns .logits"),
     ],
 )
-def test_the_automatic_choice_says_why(output: object, integer_inputs: bool, name: str, reason: str):
-    divergence = choose("auto", output, integer_inputs)
+def test_the_automatic_choice_says_why(output: object, of_ids: bool, name: str, reason: str):
+    divergence = choose("auto", output, of_ids)
 
     assert divergence.name == name
     assert reason in divergence.reason

@@ -1,6 +1,7 @@
 import copy
 import json
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,13 @@ from torch import nn
 from torch.testing import assert_close
 
 from tests.models import ids
-from weightdecomp import Pretrained, decompose, load_hf
+from weightdecomp import Config, NumericalWarning, Pretrained, decompose, load_hf
+from weightdecomp._certified import certified
+from weightdecomp._check import checked
 from weightdecomp._forward import masked
 from weightdecomp._pieces import Pieces
 from weightdecomp._sites import find_sites
+from weightdecomp._verify import _trial
 
 pytest.importorskip("transformers")
 
@@ -354,3 +358,27 @@ def test_a_trained_llama_predicts_its_own_samples(shared_data: Path):
         nats = nn.functional.cross_entropy(model(batch)[:, :-1].flatten(0, 1), batch[:, 1:].flatten())
 
     assert 1.1 < nats < 1.5  # about 1.3 by the note that comes with the data; an untrained model has 6.2
+
+
+@pytest.mark.parametrize("family, scores", [("bert", False), ("bert, classes", True), ("gpt2", True)])
+def test_hidden_states_are_no_scores_of_classes(family: str, scores: bool, tmp_path: Path):
+    saved(family, tmp_path)
+
+    _, metric = checked(load_hf(tmp_path), [inputs(family)], 0.02, "auto")
+
+    assert metric.name == ("kl" if scores else "mse")
+
+
+@torch.no_grad()
+def test_a_box_goes_through_a_pretrained_model(tmp_path: Path):
+    """A certified bound needs no wrapper, though the original returns its logits in an object."""
+    saved("gpt2", tmp_path)
+    x = inputs("gpt2")[:2]
+    config = Config(steps=0, sample=32, batch=32, capacity=1.0)
+    with warnings.catch_warnings(action="ignore", category=NumericalWarning):
+        found = decompose(load_hf(tmp_path), [x], sites=["*1.mlp.c_proj"], config=config, progress=False)
+
+    bound, why = certified(_trial(found, [x], len(x), 1))
+
+    assert bound is not None, why
+    assert bound.damage >= found.verify([x], steps=2, inputs=2, bound=False).shared.plateau

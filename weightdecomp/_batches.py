@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from weightdecomp._pretrained import Pretrained
@@ -40,6 +41,17 @@ def size(batch: Batch) -> int:
 def select(batch: Batch, index: Tensor) -> Batch:
     """Some inputs of a batch."""
     return _mapped(batch, lambda x: x[index] if _per_input(x, batch) else x)
+
+
+def unpadded(batch: Batch) -> Bool[Tensor, "input position"] | None:
+    """Which positions hold a token, as the batch's `attention_mask` says; None where it does not, or all do."""
+    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+    return mask.bool() if isinstance(mask, Tensor) and mask.ndim == 2 and not mask.all() else None
+
+
+def without_padding(rows: Float[Tensor, "*batch n"], held: Bool[Tensor, "input position"] | None) -> Tensor:
+    """The same with zeros at padded positions, where its rows are positions of inputs."""
+    return rows if held is None or rows.shape[:2] != held.shape else rows * held[..., None]
 
 
 def share(batch: Batch, processes: Processes) -> Batch:

@@ -1,6 +1,6 @@
 """Cards: what a reader is told of one component, all of it measured on given inputs."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -11,7 +11,7 @@ from weightdecomp._batches import Batch, call, joined, select, size, tensors
 from weightdecomp._circuits import Member
 from weightdecomp._decomposition import Component, Decomposition
 from weightdecomp._divergence import output_tensor
-from weightdecomp._forward import recorded
+from weightdecomp._forward import inner_activations, recorded
 
 INPUTS = 512  # looked at, at most
 _CARDS = 400  # of all sites together
@@ -114,12 +114,12 @@ def _contributions(decomposition: Decomposition, path: str, batch: Batch) -> Flo
     """Contributions of all components of a site; nothing at padded positions."""
     place, own, inputs = decomposition.site(path), decomposition.parts[path].pieces, size(batch)
     calls = []
-    for operands in recorded(decomposition.target, batch, [place]).operands[path]:
-        a = own.activations(place.read(operands, own.v))
+    for inner in inner_activations(recorded(decomposition.target, batch, [place]), place, own):
+        a = own.activations(inner)
         # Rows that no single input owns (positions, say) drive the component alike on all inputs.
-        a = a.reshape(inputs, -1, own.n) if len(a) == inputs else a.reshape(1, -1, own.n).expand(inputs, -1, -1)
-        mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
-        calls.append(a * mask[..., None] if mask is not None and mask.shape == a.shape[:2] else a)
+        calls.append(
+            a.reshape(inputs, -1, own.n) if len(a) == inputs else a.reshape(1, -1, own.n).expand(inputs, -1, -1)
+        )
     return torch.cat(calls, 1)
 
 

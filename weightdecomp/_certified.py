@@ -9,11 +9,12 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from weightdecomp._attack import Part, ablated_divergence
-from weightdecomp._batches import call
+from weightdecomp._batches import call, unpadded, without_padding
 from weightdecomp._bound import kl_upper, masked_site_output, mse_upper
 from weightdecomp._divergence import kl, mse, output_tensor
 from weightdecomp._forward import Operands, masked, replaced
 from weightdecomp._interval import Interval
+from weightdecomp._pretrained import Pretrained
 from weightdecomp._regimes import Figure, Trial, all_at
 from weightdecomp._sites import Site
 
@@ -101,11 +102,21 @@ def _box(trial: Trial, part: Part) -> Interval:
         return Interval(layout.write(box.lo, like), layout.write(box.hi, like))
 
     with replaced(ablation.sites, forward):
-        output = call(ablation.model, part.batch)
+        output = call(_unwrapped(ablation.model), part.batch)
     for name in ("logits", "last_hidden_state"):
         output = getattr(output, name, output)
     output = output[0] if isinstance(output, tuple | list) else output
-    return Interval.of(output)
+    box, held = Interval.of(output), unpadded(part.batch)
+    return Interval(*(without_padding(end, held) for end in (box.lo, box.hi)))
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    """The model whose own code boxes go through; what `Pretrained` makes of its output expects tensors."""
+    if not isinstance(model, Pretrained):
+        return model
+    if model.pooling is not None:
+        raise NoBound("an embedding that is pooled over positions has no rule for boxes")
+    return model.inner
 
 
 def _layout(site: Site) -> Site:

@@ -9,6 +9,7 @@ from torch.nn.utils import parametrizations
 
 from weightdecomp._batches import Batch, call, read_batches, select, tensors
 from weightdecomp._divergence import Divergence, choose, output_tensor
+from weightdecomp._pretrained import Pretrained
 
 _STOCHASTIC = (
     nn.modules.dropout._DropoutNd,
@@ -41,7 +42,12 @@ def checked(
     check_tolerance(tolerance)
     kept = read_batches(batches, model)
     output = check_model(model, kept[0])
-    return kept, choose(divergence, output, not tensors(kept[0])[0].is_floating_point())
+    return kept, choose(divergence, output, scores_ids(model, kept[0]))
+
+
+def scores_ids(model: nn.Module, batch: Batch) -> bool:
+    """Whether a model is given token ids, and nothing says that it returns an embedding of them."""
+    return not (tensors(batch)[0].is_floating_point() or isinstance(model, Pretrained) and model.embeds)
 
 
 def check_model(model: nn.Module, batch: Batch) -> Any:

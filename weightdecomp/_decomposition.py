@@ -17,7 +17,7 @@ from weightdecomp._config import Config
 from weightdecomp._cost import Cost
 from weightdecomp._divergence import Divergence
 from weightdecomp._edit import Selection, edited
-from weightdecomp._forward import Masks, Record, masked, recorded
+from weightdecomp._forward import Masks, Record, inner_activations, masked, recorded
 from weightdecomp._ledger import Ledger
 from weightdecomp._pieces import Pieces
 from weightdecomp._sites import Site, Skipped
@@ -187,8 +187,8 @@ class Decomposition:
         for site in self.sites:
             parts = self.parts[site.path]
             found[site.path] = [
-                opened(parts.pieces.activations(site.read(operands, parts.pieces.v)), parts.thresholds)
-                for operands in record.operands[site.path]
+                opened(parts.pieces.activations(inner), parts.thresholds)
+                for inner in inner_activations(record, site, parts.pieces)
             ]
         return found
 
@@ -321,8 +321,8 @@ class Decomposition:
         found, offset = [], 0
         for batch in self.read(batches):
             calls, inputs = [], size(batch)
-            for operands in recorded(self.target, batch, [place]).operands[site]:
-                a = own.activations(place.read(operands, own.v))[..., index]
+            for inner in inner_activations(recorded(self.target, batch, [place]), place, own):
+                a = own.activations(inner)[..., index]
                 # Rows that no single input owns (positions, say) drive the component alike on all inputs.
                 calls.append(a.reshape(inputs, -1) if len(a) == inputs else a.reshape(1, -1).expand(inputs, -1))
             everywhere = torch.cat(calls, 1)

@@ -87,19 +87,19 @@ def _held(output: Any) -> Tensor | None:
     return None
 
 
-def _looks_like_classes(output: Any, tensor: Tensor, integer_inputs: bool) -> str | None:
+def _looks_like_classes(output: Any, tensor: Tensor, of_ids: bool) -> str | None:
     if not isinstance(output, Tensor) and isinstance(getattr(output, "logits", None), Tensor):
         return "the model returns .logits"
-    if integer_inputs and tensor.ndim >= 2 and tensor.shape[-1] > 1:
+    if of_ids and tensor.ndim >= 2 and tensor.shape[-1] > 1:
         return "the inputs are token ids and the output has one number per class"
     return None
 
 
-def choose(divergence: str | Callable[[Any, Any], Tensor], output: Any, integer_inputs: bool) -> Divergence:
+def choose(divergence: str | Callable[[Any, Any], Tensor], output: Any, of_ids: bool) -> Divergence:
     """The divergence named by the user, or the one that "auto" picks, with the reason.
 
-    "auto" takes KL over the last dimension where the model returns `.logits` or maps token ids to scores, and mean
-    squared error otherwise, since real-valued outputs carry no sign of being logits.
+    "auto" takes KL over the last dimension where the model returns `.logits` or maps token ids to scores (`of_ids`),
+    and mean squared error otherwise, since real-valued outputs carry no sign of being logits.
 
     Raises:
         ValueError: For a name other than "auto", "mse" and "kl".
@@ -112,7 +112,7 @@ def choose(divergence: str | Callable[[Any, Any], Tensor], output: Any, integer_
         raise ValueError(f"divergence must be 'auto', 'mse', 'kl' or a callable, got {divergence!r}")
     if divergence != "auto":
         return named(divergence, "set in the call")
-    evidence = _looks_like_classes(output, output_tensor(output), integer_inputs)
+    evidence = _looks_like_classes(output, output_tensor(output), of_ids)
     if evidence:
         return named("kl", evidence)
     return named("mse", "the output is real-valued and nothing marks it as logits; pass divergence='kl' if it is")

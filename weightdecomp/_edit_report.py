@@ -8,8 +8,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from weightdecomp._batches import Batch, call, read_batches, tensors
-from weightdecomp._check import check_module
+from weightdecomp._batches import Batch, call, read_batches, unpadded
+from weightdecomp._check import check_module, scores_ids
 from weightdecomp._divergence import Divergence, choose, output_tensor
 from weightdecomp._sites import no_fast_path
 from weightdecomp._verification import _plain, _table
@@ -118,7 +118,7 @@ def edit_report(
     kinds = [read_batches(batches, original) for batches in (on_target, off_target)]
     with torch.no_grad(), no_fast_path():
         before = [[call(original, batch) for batch in batches] for batches in kinds]
-        metric = choose(divergence, before[0][0], not tensors(kinds[0][0])[0].is_floating_point())
+        metric = choose(divergence, before[0][0], scores_ids(original, kinds[0][0]))
         rows = []
         for name, model in models.items():
             on, off = (_change(model, metric, *kind) for kind in zip(kinds, before, strict=True))
@@ -132,8 +132,12 @@ def _change(model: nn.Module, metric: Divergence, batches: Sequence[Batch], befo
     for batch, target in zip(batches, before, strict=True):
         output = call(model, batch)
         found = metric(output, target)
+        flipped, held = output_tensor(output).argmax(-1) != output_tensor(target).argmax(-1), unpadded(batch)
+        if held is not None and held.shape == found.shape:
+            found = found.where(held, 0) * held.numel() / len(held) / held.sum(1, keepdim=True)
+            flipped = flipped[held]
         divergences.append(found.reshape(len(found), -1).double().mean(1))
-        flips.append((output_tensor(output).argmax(-1) != output_tensor(target).argmax(-1)).flatten())
+        flips.append(flipped.flatten())
     each = torch.cat(divergences)
     return Change(
         inputs=len(each),

@@ -7,10 +7,10 @@ from functools import cache
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from weightdecomp._batches import Batch, call
+from weightdecomp._batches import Batch, call, unpadded, without_padding
 from weightdecomp._pieces import Pieces
 from weightdecomp._sharded import applied
 from weightdecomp._sites import Site, no_fast_path
@@ -26,10 +26,12 @@ class Record(NamedTuple):
     Attributes:
         output: What the model returned.
         operands: Per site, the arguments of each call of its module.
+        held: Which positions of the inputs hold a token; None where all do.
     """
 
     output: Any
     operands: dict[str, list[Operands]]
+    held: Bool[Tensor, "input position"] | None = None
 
 
 class _StandIn:
@@ -80,7 +82,7 @@ def recorded(model: nn.Module, batch: Batch, sites: Sequence[Site]) -> Record:
     recorder = _Recorder({site.path: [] for site in sites}, {site.path: site.module.forward for site in sites})
     with torch.no_grad(), replaced(sites, recorder):
         output = call(model, batch)
-    return Record(output, recorder.operands)
+    return Record(output, recorder.operands, unpadded(batch))
 
 
 class _Recorder(NamedTuple):
@@ -134,5 +136,5 @@ class _Masked(NamedTuple):
 
 
 def inner_activations(record: Record, site: Site, pieces: Pieces) -> list[Float[Tensor, "*batch piece"]]:
-    """Inner activations of a site's pieces on the target's own inputs, one tensor a call."""
-    return [site.read(operands, pieces.v) for operands in record.operands[site.path]]
+    """Inner activations of a site's pieces on the target's own inputs, one tensor a call; zeros at padded positions."""
+    return [without_padding(site.read(operands, pieces.v), record.held) for operands in record.operands[site.path]]

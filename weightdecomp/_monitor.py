@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from weightdecomp._batches import Batch, call, read_batches, size
+from weightdecomp._batches import Batch, call, read_batches, size, unpadded, without_padding
 from weightdecomp._edit import Selection, members_of
 from weightdecomp._forward import Operands, replaced
 from weightdecomp._pieces import Pieces
@@ -75,7 +75,7 @@ class Monitor:
             ValueError: For empty batches, NaN or infinity, or another device than the model's.
         """
         (batch,) = read_batches([inputs], self.target)
-        reader = _Reader(self, size(batch))
+        reader = _Reader(self, size(batch), unpadded(batch))
         try:
             with replaced(self.sites, reader):
                 call(self.target, batch)
@@ -128,8 +128,8 @@ class _Enough(BaseException):
 class _Reader:
     """Runs sites as they are, reading the watched components, and ends the forward pass after the last reading."""
 
-    def __init__(self, own: Monitor, inputs: int) -> None:
-        self.own, self.inputs = own, inputs
+    def __init__(self, own: Monitor, inputs: int, held: Bool[Tensor, "input position"] | None) -> None:
+        self.own, self.inputs, self.held = own, inputs, held
         self.left = {site.path: site.n_calls for site in own.sites}
         self.originals = {site.path: site.module.forward for site in own.sites}
         thresholds = own.watched[own.sites[0].path].thresholds
@@ -137,7 +137,7 @@ class _Reader:
 
     def __call__(self, site: Site, index: int, operands: Operands) -> Any:
         pieces, thresholds, columns = self.own.watched[site.path]
-        a = pieces.activations(site.read(operands, pieces.v))
+        a = pieces.activations(without_padding(site.read(operands, pieces.v), self.held))
         strength = torch.maximum(a / thresholds[0], -a / thresholds[1])
         rows = self.inputs if a.ndim > 1 and len(a) == self.inputs else 1
         by_input = strength.reshape(rows, -1, pieces.n).amax(1).expand(self.inputs, -1)

@@ -54,6 +54,11 @@ class Pretrained(nn.Module):
         return type(self.inner).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
 
     @property
+    def embeds(self) -> bool:
+        """Whether it returns hidden states or an embedding, where a model with a head returns scores of classes."""
+        return self.pooling is not None or self.inner.base_model is self.inner
+
+    @property
     def title(self) -> str:
         """Its class and where it comes from, for readers."""
         return f"{type(self.inner).__name__} of {self.directory.resolve().name}"
@@ -102,11 +107,15 @@ class Pretrained(nn.Module):
         self.check_ids(ids, what)
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        """What the inner model returns for the same arguments: logits (*batch, class), or embeddings."""
-        output = output_tensor(self.inner(*args, **self._options, **kwargs))
+        """What the inner model returns for the same arguments: logits (*batch, class), or embeddings.
+
+        At positions that `attention_mask` leaves out it returns zeros, so that nothing counts what it says of padding.
+        """
+        output, held = output_tensor(self.inner(*args, **self._options, **kwargs)), kwargs.get("attention_mask")
         if self.pooling is None:
-            return output
-        pooled = _pooled(output, kwargs.get("attention_mask"), self.pooling)
+            own = held is not None and output.ndim == 3 and held.shape == output.shape[:2]
+            return output * held[..., None].to(output.dtype) if own else output
+        pooled = _pooled(output, held, self.pooling)
         return F.normalize(pooled, dim=-1) if self.normalised else pooled
 
 
