@@ -173,6 +173,29 @@ def test_a_file_may_hold_a_tied_weight_once(here: Path):
         loaded_model("toy:tied", "tied.safetensors")
 
 
+def test_tied_weights_that_differ_in_the_file_are_refused(here: Path):
+    from weightdecomp._loading import loaded_model
+
+    own = loaded_model("toy:tied").state_dict()
+    first, last = [name for name in own if name.endswith("weight")]
+    safetensors.torch.save_file(
+        {**{name: x.clone() for name, x in own.items()}, last: own[last] + 1}, "untied.safetensors"
+    )
+
+    with pytest.raises(ValueError, match=f"one parameter of the model, but not the same: {first} and {last}"):
+        loaded_model("toy:tied", "untied.safetensors")
+
+
+def test_quantised_weights_are_not_taken_for_numbers(here: Path):
+    from weightdecomp._loading import loaded_model
+
+    whole = {name: x.to(torch.int8) for name, x in loaded_model("toy:model").state_dict().items()}
+    safetensors.torch.save_file(whole, "whole.safetensors")
+
+    with pytest.raises(ValueError, match="of another type: 0.weight is torch.int8, expected floating point"):
+        loaded_model("toy:model", "whole.safetensors")
+
+
 MISTAKES = {
     "missing module": (["--model", "tow:model"], "there is no module 'tow'"),
     "missing function": (["--model", "toy:modle"], "did you mean one of ['model'"),

@@ -1,6 +1,8 @@
 import copy
 import dataclasses
+from typing import Any
 
+import numpy
 import pytest
 import torch
 from torch import Tensor, nn
@@ -8,6 +10,7 @@ from torch.testing import assert_close
 
 import weightdecomp as wd
 from tests.models import QUICK, case, drawn, mlp, seeded, sparse
+from weightdecomp._edit import _member
 
 pytestmark = pytest.mark.filterwarnings("ignore::weightdecomp.NumericalWarning")
 
@@ -177,6 +180,20 @@ def test_a_component_edited_twice_is_refused(decomposed: wd.Decomposition, chang
         decomposed.edit(**changes)
 
 
+def test_a_component_is_the_same_whatever_kind_of_integer_names_it():
+    named = [_member(("0", index)) for index in (1, torch.tensor(1), numpy.int64(1))]
+
+    assert set(named) == {("0", 1)}
+    assert all(type(index) is int for _, index in named)
+
+
+@pytest.mark.parametrize("named", [("0", 0.0), ("0", True), ("0", "0"), ("0", None), (0, 0), "0", ("0", 1, 2)])
+def test_what_names_no_component_is_refused(named: Any):
+    # Not through `edit`, whose own types the suite checks first.
+    with pytest.raises(TypeError, match=r"expected a circuit or a pair \(site, index\) of a text and an integer, got"):
+        _member(named)
+
+
 def test_a_circuit_and_its_member_are_the_same_component_twice(decomposed: wd.Decomposition):
     one = decomposed.circuits[0]
 
@@ -196,6 +213,7 @@ def test_a_circuit_and_its_member_are_the_same_component_twice(decomposed: wd.De
         ({"write": {("0", 99): torch.zeros(8)}}, "'0' has components 0 to .*, got 99"),
         ({"scale": {("0", 0): float("nan")}}, r"the factor for \('0', 0\) is nan, expected a finite number"),
         ({"write": {("0", 0): torch.full((8,), torch.inf)}}, r"the vectors for \('0', 0\) contain NaN or infinity"),
+        ({"scale": {("0", 0): 1e300}}, "the edit of '0' is too large for its weights, which are torch.float32"),
     ],
 )
 def test_an_edit_that_cannot_be_made_is_refused(decomposed: wd.Decomposition, changes: dict, message: str):

@@ -128,6 +128,24 @@ def test_what_cannot_be_searched_is_refused(known: wd.Decomposition):
         wd.responsible(known, [on], [off], lambda y: y[:, 0], 0.01, sites=["nowhere"])
     with pytest.raises(ValueError, match="ablating every site changes nothing on off_target"):
         wd.responsible(known, [on], [torch.zeros(4, D)], lambda y: y[:, 0], 0.01)
+    with pytest.raises(ValueError, match="score returned NaN or infinity on on_target"):
+        wd.responsible(known, [on], [off], lambda y: y[:, 0].log() - torch.inf, 0.01)
+
+
+@pytest.mark.parametrize(
+    "goal, options, message",
+    [
+        (float("nan"), {}, "goal must be finite, got nan"),
+        (0.01, {"most": 0}, "most must be at least 1, got 0"),
+        (0.01, {"sites": []}, r"sites must be a list of module paths, or None for all, got \[\]"),
+        (0.01, {"sites": "0"}, "sites must be a list of module paths, or None for all, got '0'"),
+    ],
+)
+def test_a_search_that_cannot_be_is_refused(known: wd.Decomposition, goal: float, options: dict, message: str):
+    on, off = kinds(0)
+
+    with pytest.raises(ValueError, match=message):
+        wd.responsible(known, [on], [off], lambda y: y[:, 0], goal, **options)
 
 
 def test_inputs_may_come_in_several_batches(known: wd.Decomposition):

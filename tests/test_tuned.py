@@ -115,3 +115,8 @@ def test_settings_that_cannot_work_are_refused():
         tuned(mlp(), towards(sparse(4, 5), torch.zeros(4, 3)), steps=0)
     with pytest.raises(ValueError, match="the model has no parameters to train"):
         tuned(seeded(Calls(lambda m, x: x)), lambda run: run(torch.ones(2, 2)).sum())
+
+
+def test_a_loss_that_is_not_finite_ends_the_training():
+    with pytest.raises(ValueError, match=r"the loss is nan after 0 steps; lower rate \(0.001\) or mend it"):
+        tuned(mlp(), lambda run: run(sparse(4, 5)).mean() * torch.nan)

@@ -2,6 +2,7 @@
 
 import copy
 import math
+import operator
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -40,7 +41,7 @@ def edited(
             if not math.isfinite(factor):
                 raise ValueError(f"the factor for {(path, index)} is {factor}, expected a finite number")
             add((path, index), (factor - 1) * decomposition.parts[path].pieces.weight(index))
-    for member, vector in write.items():
+    for member, vector in ((_member(one), vector) for one, vector in write.items()):
         add(member, _rewritten(decomposition, member, vector))
     return _with_changes(decomposition, changes)
 
@@ -53,10 +54,16 @@ def members_of(selection: Selection) -> Iterator[Member]:
     """
     if isinstance(selection, Circuit):
         yield from selection.members
-    elif isinstance(selection, tuple) and len(selection) == 2:
-        yield selection
     else:
-        raise TypeError(f"expected a circuit or a pair (site, index), got {selection!r}")
+        yield _member(selection)
+
+
+def _member(selection: object) -> Member:
+    """A pair with a plain number, so that one component has one name whatever kind of integer it came as."""
+    match selection:
+        case (str() as path, index) if hasattr(index, "__index__") and not isinstance(index, bool):
+            return path, operator.index(index)
+    raise TypeError(f"expected a circuit or a pair (site, index) of a text and an integer, got {selection!r}")
 
 
 def _rewritten(decomposition: "Decomposition", member: Member, vector: Tensor) -> Tensor:
@@ -80,5 +87,8 @@ def _with_changes(decomposition: "Decomposition", changes: Mapping[str, Tensor])
     model = copy.deepcopy(decomposition.target)
     for path, change in changes.items():
         site = decomposition.site(path)
-        put_weight(model, site, site.matrix() + change)
+        matrix = site.matrix() + change
+        if not torch.isfinite(matrix).all():
+            raise ValueError(f"the edit of {path!r} is too large for its weights, which are {matrix.dtype}")
+        put_weight(model, site, matrix)
     return model

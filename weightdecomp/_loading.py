@@ -138,7 +138,7 @@ def _fill(model: nn.Module, weights: dict[str, Tensor], path: str | Path) -> Non
     """Put weights into a model, all of them and nothing else.
 
     Raises:
-        ValueError: For missing or unexpected names or shapes.
+        ValueError: For missing or unexpected names, shapes or types, and for tied weights that differ.
     """
     own = model.state_dict(keep_vars=True)
     # A tied weight has several names, of which a file of tensors that share no memory keeps one.
@@ -150,11 +150,19 @@ def _fill(model: nn.Module, weights: dict[str, Tensor], path: str | Path) -> Non
         for name, value in own.items()
         if name in weights and weights[name].shape != value.shape
     ]
-    complaints = [
-        f"{what}: {_some(names)}"
-        for what, names in (("missing", missing), ("unexpected", unexpected), ("of another shape", shapes))
-        if names
+    whole = [
+        f"{name} is {weights[name].dtype}, expected floating point"
+        for name, value in own.items()
+        if name in weights and value.is_floating_point() and not weights[name].is_floating_point()
     ]
+    kinds = {
+        "missing": missing,
+        "unexpected": unexpected,
+        "of another shape": shapes,
+        "of another type": whole,
+        "one parameter of the model, but not the same": [] if shapes else _untied(own, weights),
+    }
+    complaints = [f"{what}: {_some(names)}" for what, names in kinds.items() if names]
     if complaints:
         raise ValueError(
             f"--weights: '{path}' does not fit the model ({'; '.join(complaints)}); "
@@ -164,6 +172,16 @@ def _fill(model: nn.Module, weights: dict[str, Tensor], path: str | Path) -> Non
     on_meta = any(value.is_meta for value in own.values() if isinstance(value, Tensor))
     with torch.no_grad():
         model.load_state_dict(weights, strict=False, assign=on_meta)
+
+
+def _untied(own: dict[str, Tensor], weights: dict[str, Tensor]) -> list[str]:
+    """Names that are one parameter in the model and have different values in a file."""
+    names: dict[int, list[str]] = {}
+    for name, value in own.items():
+        if name in weights:
+            names.setdefault(id(value), []).append(name)
+    groups = [group for group in names.values() if any(not torch.equal(weights[group[0]], weights[x]) for x in group)]
+    return [" and ".join(group) for group in groups]
 
 
 def _some(names: list[str]) -> str:

@@ -1,5 +1,6 @@
 """Which components are responsible for a behaviour, by what the output loses when they are taken out of the weights."""
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -75,12 +76,17 @@ def responsible(
         The members with the figures on the given inputs; `edit_report` has those on others.
 
     Raises:
-        ValueError: For bad batches, unknown sites, a score without one number per input, or one that is at the goal.
+        ValueError: For bad batches, unknown sites or none, a score without one finite number per input or one that is
+            at the goal, and for a goal or number of members that cannot be.
 
     Source:
         Ours; a step measures only candidates whose last known gain could win, as in Minoux's accelerated greedy (1978),
         which is exact where gains never grow and a shortcut here.
     """
+    if isinstance(sites, str) or sites is not None and not sites:
+        raise ValueError(f"sites must be a list of module paths, or None for all, got {sites!r}")
+    if most < 1:
+        raise ValueError(f"most must be at least 1, got {most}")
     return _Search(decomposition, on_target, off_target, score, goal).found(sites, most)
 
 
@@ -90,6 +96,8 @@ class _Search:
     def __init__(
         self, decomposition: "Decomposition", on: Iterable[Batch], off: Iterable[Batch], score: Score, goal: float
     ) -> None:
+        if not math.isfinite(goal):
+            raise ValueError(f"goal must be finite, got {goal}")
         self.own, self.score, self.goal = decomposition, score, goal
         self.on, self.off = decomposition.read(on), decomposition.read(off)
         self.matrices = {site.path: site.matrix() for site in decomposition.sites}
@@ -186,6 +194,8 @@ def _check_scores(scores: Any, batch: Batch) -> None:
     if not isinstance(scores, Tensor) or scores.ndim == 0 or len(scores) != size(batch):
         came = f"shape {tuple(scores.shape)}" if isinstance(scores, Tensor) else type(scores).__name__
         raise ValueError(f"score must return a tensor with one number per input ({size(batch)} here), got {came}")
+    if not torch.isfinite(scores).all():
+        raise ValueError("score returned NaN or infinity on on_target")
 
 
 def _mean(parts: Sequence[Tensor]) -> float:

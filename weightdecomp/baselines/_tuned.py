@@ -39,7 +39,8 @@ def tuned(
         The tuned copy.
 
     Raises:
-        ValueError: For a rank or a number of steps below 1, or a model without parameters to train.
+        ValueError: For a rank or a number of steps below 1, a model without parameters to train, or a loss that is NaN
+            or infinite.
 
     Source:
         LoRA (arXiv 2106.09685), section 4.1: the change is B A, A drawn at random and B zero at the start.
@@ -59,10 +60,14 @@ def tuned(
         return call(twin, batch)
 
     optimiser = torch.optim.Adam(trained, lr=rate)
-    for _ in range(steps):
+    for step in range(steps):
         with torch.enable_grad():
             twin.zero_grad()
-            loss(run).backward()
+            reached = loss(run)
+            if not torch.isfinite(reached):
+                came = float(reached.detach())
+                raise ValueError(f"the loss is {came} after {step} steps; lower rate ({rate:g}) or mend it")
+            reached.backward()
         with torch.no_grad():
             for one in adapters:
                 one.take_gradient()
