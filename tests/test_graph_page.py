@@ -151,23 +151,67 @@ def test_the_page_opens_with_the_right_counts_and_without_errors(circuit: nx.DiG
     assert window.errors == []
 
 
+def resized(window: Browser, width: int) -> None:
+    """Make the window as wide, and wait until the page is drawn for it."""
+    window.ask("Emulation.setDeviceMetricsOverride", width=width, height=844, deviceScaleFactor=1, mobile=False)
+    window.run("new Promise(done => setTimeout(done, 300))")
+
+
 @needs_browser
-def test_lines_end_at_their_nodes(circuit: nx.DiGraph, window: Browser, tmp_path: Path):
-    """Lines are drawn on a canvas, nodes in a picture of its own scale; both must cover the same place."""
+@pytest.mark.parametrize("width", [1400, 700, 390])
+def test_lines_end_at_their_nodes_in_a_window_of_any_width(
+    width: int, circuit: nx.DiGraph, window: Browser, tmp_path: Path
+):
+    """Lines are drawn on a canvas, nodes in a picture; both must cover the same place at one scale, the window's."""
     graphs.write(circuit, tmp_path / "circuit.html")
+    resized(window, width)
 
     window.open(tmp_path / "circuit.html")
 
-    canvas, picture, box = (
-        window.run(f"(() => {{ const r = document.getElementById('{name}').{what}; return [r.width, r.height] }})()")
+    canvas, picture, box, stage, card = (
+        window.run(
+            f"(() => {{ const r = document.getElementById('{name}').{what}; return [r.x, r.y, r.width, r.height] }})()"
+        )
         for name, what in [
             ("lines", "getBoundingClientRect()"),
             ("picture", "getBoundingClientRect()"),
             ("picture", "viewBox.baseVal"),
+            ("stage", "getBoundingClientRect()"),
+            ("card", "getBoundingClientRect()"),
         ]
     )
+    whole = window.run("document.documentElement.scrollWidth - innerWidth")
+    window.ask("Emulation.clearDeviceMetricsOverride")
     assert canvas == pytest.approx(picture, abs=0.6)
-    assert box == pytest.approx(picture, abs=0.6)
+    assert box[2:] == pytest.approx(picture[2:], abs=0.6)
+    assert picture[2] >= 600
+    # What is wider than the window scrolls in its own box, and no box lies on another.
+    assert whole <= 0
+    assert stage[0] + stage[2] <= card[0] + 0.6 if width > 960 else stage[1] + stage[3] <= card[1] + 0.6
+
+
+@needs_browser
+def test_the_page_is_dark_where_the_reader_wants_it(circuit: nx.DiGraph, window: Browser, tmp_path: Path):
+    graphs.write(circuit, tmp_path / "circuit.html")
+    window.open(tmp_path / "circuit.html")
+    seen = []
+
+    for scheme in ("light", "dark"):
+        window.ask("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
+        window.run("new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))")
+        # The paper, and a band of the canvas, which is drawn anew.
+        paper = window.run("getComputedStyle(document.body).backgroundColor")
+        band = window.run(
+            "(() => { const c = document.getElementById('lines'); "
+            "const d = c.getContext('2d').getImageData(0, 0, 1, c.height).data; "
+            "for (let k = 0; k < d.length; k += 4) if (d[k + 3]) return d[k] })()"
+        )
+        seen.append((numbers_in(paper)[0], band))
+    window.ask("Emulation.setEmulatedMedia", features=[])
+
+    assert min(seen[0]) > 240
+    assert max(seen[1]) < 40
+    assert window.errors == []
 
 
 @needs_browser
