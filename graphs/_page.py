@@ -12,7 +12,7 @@ from typing import Any
 import networkx as nx
 
 from graphs._influence import edge_shares
-from graphs._layout import layout
+from graphs._layout import label, layout
 from graphs._modules import modules
 
 _MANY = 400  # nodes; above, modules are shown first
@@ -74,7 +74,7 @@ def document(graph: nx.DiGraph) -> dict[str, Any]:
     shown = edges[:_EDGES]
     columns: dict[str, list] = {
         "id": nodes,
-        "title": [graph.nodes[node].get("title", node) for node in nodes],
+        "title": [label(node, graph.nodes[node]) for node in nodes],
         "row": [places.row[node] for node in nodes],
         "x": [round(places.x[node], 4) for node in nodes],
     }

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 import graphs
+from graphs import _layout
 from graphs._influence import edge_shares, influences
 from tests import browser
 from tests.browser import Browser
@@ -215,6 +216,30 @@ def test_the_page_is_dark_where_the_reader_wants_it(circuit: nx.DiGraph, window:
 
 
 @needs_browser
+def test_spaces_at_the_ends_of_a_label_are_seen_and_stay_in_the_graph(window: Browser, tmp_path: Path):
+    titles = [" ", " r", "r", "  to be  ", "a b"]
+    graph = nx.DiGraph()
+    graph.add_node("y", kind="output", title="y", site="output", order=1)
+    for i, title in enumerate(titles):
+        graph.add_node(f"x/{i}", kind="input", title=title, site="x", position=i, order=0)
+        graph.add_edge(f"x/{i}", "y", weight=1.0)
+    graphs.write(graph, tmp_path / "spaces.html")
+    graphs.write(graph, tmp_path / "spaces.json")
+
+    window.open(tmp_path / "spaces.html")
+    columns = window.run("[...document.querySelectorAll('#picture text:not(.row):not(.halo)')].map(e => e.textContent)")
+    window.click("[data-node='0']")
+    links = window.run("[...document.querySelectorAll('#links-in button')].map(e => e.textContent)")
+
+    seen = ["␣", "␣r", "r", "␣␣to be␣␣", "a b"]
+    assert columns == seen
+    assert sorted(links) == sorted(seen)
+    assert all(f"<title>{one}</title>" in graphs.show(graph)._repr_mimebundle_()["image/svg+xml"] for one in seen)
+    kept = graphs.read(tmp_path / "spaces.json")
+    assert [kept.nodes[f"x/{i}"]["title"] for i in range(5)] == titles
+
+
+@needs_browser
 def test_a_label_that_turns_direction_leaves_what_follows_as_it_is(window: Browser, tmp_path: Path):
     graph = nx.DiGraph()
     graph.add_node("after", kind="component", site="\u202eturned", title="name")
@@ -388,7 +413,8 @@ def test_hostile_labels_stay_text(window: Browser, tmp_path: Path):
     window.click(f'[data-node="{len(graph) - 1}"]')
 
     listed = window.run("[...document.querySelectorAll('#links-in button')].map(e => e.textContent)")
-    assert set(listed) == {data["title"] for node, data in graphs.sanitise(graph).nodes(data=True) if node != "y"}
+    nodes = graphs.sanitise(graph).nodes(data=True)
+    assert set(listed) == {_layout.label(node, data) for node, data in nodes if node != "y"}
     assert window.run("document.title") == "Circuit"
     assert (
         window.run("document.querySelectorAll('img, b:not(#lead b), body script:not([id]):not(:last-of-type)').length")
