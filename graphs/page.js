@@ -35,6 +35,8 @@ function sv(tag, attributes, text) {
   return e;
 }
 
+// Edges of the graph as it was before any were left out.
+const whole = m + D.unembedded + D.hidden + D.cut.edges;
 const into = Array.from({length: n}, () => []), out = Array.from({length: n}, () => []);
 for (let e = 0; e < m; e++) { into[E.t[e]].push(e); out[E.s[e]].push(e); }
 const byInfluence = [...Array(n).keys()].sort((a, b) => (get("influence", b) || 0) - (get("influence", a) || 0));
@@ -231,10 +233,11 @@ function drawLines(edges, width, height, bands) {
 
 function counts(edges, nodes) {
   const more = [];
+  if (D.cut.edges) more.push(count(D.cut.edges) + " pruned away");
   if (D.hidden) more.push(count(D.hidden) + " left out when it was built");
   if (D.unembedded) more.push(count(D.unembedded) + " too small for this page");
   const of = state.module === null ? "" : " of module " + state.module;
-  $("counts").textContent = `showing ${count(nodes)} of ${count(n)} nodes, ${count(edges)} of ${count(m + D.unembedded + D.hidden)} edges` +
+  $("counts").textContent = `showing ${count(nodes)} of ${count(n + D.cut.nodes)} nodes, ${count(edges)} of ${count(whole)} edges` +
     of + (more.length ? ` (${more.join(", ")})` : "");
 }
 
@@ -311,7 +314,7 @@ function drawModules() {
   canvas.width = canvas.height = 0;
   const left = alone ? `, ${count(alone)} single nodes without bundles left out` : "";
   $("counts").textContent = `${count(at.size)} modules of ${count(n)} nodes, ${count(lines.length)} of ${count(all.length)} bundles of ` +
-    `${count(m + D.unembedded + D.hidden)} edges${left}`;
+    `${count(whole - D.cut.edges)} edges${left}`;
 }
 
 // ------------------------------------------------------------------ the table

@@ -152,6 +152,21 @@ def test_the_page_opens_with_the_right_counts_and_without_errors(circuit: nx.DiG
     assert window.errors == []
 
 
+@needs_browser
+def test_a_pruned_graph_says_of_how_many_nodes_and_edges_it_is(circuit: nx.DiGraph, window: Browser, tmp_path: Path):
+    pruned = graphs.prune(graphs.prune(circuit, edges=30), edges=12)
+    graphs.write(pruned, tmp_path / "pruned.html")
+
+    window.open(tmp_path / "pruned.html")
+
+    told, away = window.text("#counts"), circuit.number_of_edges() - pruned.number_of_edges()
+    assert f"of {len(circuit)} nodes" in told
+    assert f"{pruned.number_of_edges()} of {circuit.number_of_edges()} edges ({away} pruned away)" in told
+    nodes = len(circuit) - len(pruned)
+    assert f", {nodes} nodes and {away} edges pruned away" in repr(graphs.show(pruned))
+    assert "pruned" not in repr(graphs.show(circuit))
+
+
 def resized(window: Browser, width: int) -> None:
     """Make the window as wide, and wait until the page is drawn for it."""
     window.ask("Emulation.setDeviceMetricsOverride", width=width, height=844, deviceScaleFactor=1, mobile=False)
