@@ -1,7 +1,8 @@
 """Aggregate: graphs of single inputs added up to the graph of all of them."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from hashlib import sha256
+from typing import Any
 
 import networkx as nx
 import numpy as np
@@ -39,9 +40,10 @@ def aggregate(graphs: Iterable[nx.DiGraph], *, positions: bool = False, edges: i
         if n != 1:
             raise ValueError(f"graphs[{i}] is of {n} inputs, expected a graph of one input")
         for name in _SAME:
-            if graph.graph.get(name) != first.get(name):
+            own, its = _setting(found[0], name), _setting(graph, name)
+            if its != own:
                 raise ValueError(
-                    f"graphs[{i}] has another {name} ({graph.graph.get(name)!r}) than graphs[0] ({first.get(name)!r}); "
+                    f"graphs[{i}] has another {name} ({its!r}) than graphs[0] ({own!r}); "
                     "only graphs of one decomposition, built in the same way, add up; name outputs= and "
                     "output_positions= where the model has so many that each input shows its own"
                 )
@@ -65,15 +67,37 @@ def aggregate(graphs: Iterable[nx.DiGraph], *, positions: bool = False, edges: i
     joined = "".join(graph.graph["inputs"]["sha256"] for graph in found)
     inputs = {"n": len(found), "sha256": sha256(joined.encode()).hexdigest(), "positions": positions}
     total.graph.update({**first, **counted, "inputs": inputs, "pruning": [], "scores": []})
-    add_influence(total, first["divergence"])
+    add_influence(total, _output_sizes(found, positions))
     return total
+
+
+def _setting(graph: nx.DiGraph, name: str) -> Any:
+    """A graph attribute that graphs share which add up; the size of what is shown is each input's own."""
+    found = graph.graph.get(name)
+    return {key: value for key, value in found.items() if key != "size"} if isinstance(found, dict) else found
+
+
+def _output_sizes(graphs: Sequence[nx.DiGraph], positions: bool) -> dict[str, float]:
+    """Mean size of every output over graphs; its importance in a graph is its share of all that are shown."""
+    found: dict[str, float] = {}
+    for graph in graphs:
+        for _, data in graph.nodes(data=True):
+            if data["kind"] == "output":
+                node, size = _key(data, positions).id, data["importance"] * graph.graph["outputs"]["size"]
+                found[node] = found.get(node, 0.0) + size / len(graphs)
+    return found
+
+
+def _key(data: dict, positions: bool) -> Key:
+    """What a node is called in the sum."""
+    position = data.get("position") if positions else None
+    return Key(data["kind"], data["site"], data.get("index"), data.get("call"), position)
 
 
 def _count(tally: Tally, graph: nx.DiGraph, positions: bool, kept: dict[str, dict]) -> None:
     keys, values, gates = {}, {}, {}
     for node, data in graph.nodes(data=True):
-        position = data.get("position") if positions else None
-        key = Key(data["kind"], data["site"], data.get("index"), data.get("call"), position)
+        key = _key(data, positions)
         keys[node] = key
         kept.setdefault(key.id, {name: data[name] for name in _OF_SITES if name in data})
         if data["title"] != node:

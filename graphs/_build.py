@@ -15,6 +15,8 @@ from typing import Any, SupportsIndex
 
 import networkx as nx
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from graphs import _edges
 from graphs._card import cards
@@ -23,7 +25,7 @@ from graphs._influence import add_influence
 from graphs._removal import by_removal
 from graphs._scene import Choice, Scene, readers, staged
 from graphs._tally import Tally
-from graphs._trace import Trace, check_order, parents, traced
+from graphs._trace import Trace, by_position, check_order, parents, traced
 from graphs._units import component_gates, digest_of, of_components, of_method, unit_gates
 from weightdecomp import Decomposition
 from weightdecomp.baselines import Fitted
@@ -83,7 +85,8 @@ def circuit_graph(
             "removal" (an intervention for every source: a pass of the model each).
         steps: Points of the path.
         positions: Keep positions apart; None does so for a single input only.
-        outputs: Output indices to show; None takes all up to 64, else the 10 largest on average.
+        outputs: Output indices to show; None takes all up to 64, else the 10 that are likeliest (KL) or largest on
+            average over inputs and positions, of positions kept apart at the last one.
         output_positions: Positions of the output to show; None takes all, or the last one where that is over 64 nodes.
         edges: Largest number of edges kept, those with the largest share; None keeps all.
         input_titles: Names of features or tokens, by index.
@@ -123,7 +126,8 @@ def circuit_graph(
     check_order(model, sites, readers(cast), first)
     probe = traced(model, sites, readers(cast), first)
     names = _free("input", decomposition), _free("output", decomposition)
-    shown_outputs, at = _outputs(decomposition, batches, outputs, output_positions, apart)
+    sizes = _sizes(decomposition, batches) / n_inputs
+    shown_outputs, at = _outputs(sizes, outputs, output_positions, apart)
     tally = Tally(n_inputs, circuits)
     for batch in _chunks(batches, probe):
         trace = traced(model, sites, readers(cast), batch)
@@ -150,7 +154,7 @@ def circuit_graph(
     graph.graph["outputs"] = {"indices": shown_outputs} | ({} if at is None else {"positions": at})
     if units is not None:
         graph.graph |= {"decomposition": digest_of(units), "method": f"{units.name}, {units.setting}"}
-    add_influence(graph, decomposition.divergence.name)
+    add_influence(graph, _of_outputs(graph, sizes, at))
     return graph
 
 
@@ -186,29 +190,46 @@ def _free(name: str, decomposition: Decomposition) -> str:
 
 
 @torch.no_grad()
+def _sizes(decomposition: Decomposition, batches: Sequence[Batch]) -> Float[Tensor, "position output"]:
+    """How much every output counts, summed over inputs: logits by probability, measured numbers by size."""
+    found = []
+    for batch in batches:
+        rows = by_position(output_tensor(call(decomposition.target, batch)), size(batch))
+        likely = rows.softmax(-1) if decomposition.divergence.name == "kl" else rows.abs()
+        found.append(likely.sum(0, dtype=torch.float64))
+    # Batches of text may differ in length.
+    return torch.nn.utils.rnn.pad_sequence(found).sum(1)
+
+
 def _outputs(
-    decomposition: Decomposition,
-    batches: Sequence[Batch],
+    sizes: Float[Tensor, "position output"],
     outputs: Sequence[SupportsIndex] | None,
     positions: Sequence[SupportsIndex] | None,
     apart: bool,
 ) -> tuple[list[int], list[int] | None]:
     """Output indices and positions to show."""
-    found = output_tensor(call(decomposition.target, batches[0]))
-    width, n_positions = found.shape[-1], found[0, ..., 0].numel()
+    n_positions, width = sizes.shape
     at = None if positions is None else _numbers("output_positions", positions, n_positions)
     if outputs is not None:
         chosen = _numbers("outputs", outputs, width)
     elif width <= _MOST_OUTPUTS:
         chosen = list(range(width))
     else:
-        kept = found.reshape(-1, n_positions, width)
-        kept = kept[:, -1] if at is None else kept[:, at].flatten(0, 1)
-        likely = kept.softmax(-1) if decomposition.divergence.name == "kl" else kept.abs()
-        chosen = sorted(likely.mean(0).topk(_TOP_OUTPUTS).indices.tolist())
+        rows = sizes[at] if at is not None else sizes[-1:] if apart else sizes
+        chosen = sorted(rows.sum(0).topk(_TOP_OUTPUTS).indices.tolist())
     if at is None and n_positions * len(chosen) > _MOST_OUTPUTS and n_positions > 1 and apart:
         at = [n_positions - 1]
     return chosen, at
+
+
+def _of_outputs(graph: nx.DiGraph, sizes: Float[Tensor, "position output"], at: list[int] | None) -> dict[str, float]:
+    """The size of every output node, at its position or summed over those that are shown."""
+    summed = (sizes if at is None else sizes[at]).sum(0)
+    outputs = {node: data for node, data in graph.nodes(data=True) if data["kind"] == "output"}
+    return {
+        node: float((sizes[data["position"]] if "position" in data else summed)[data["index"]])
+        for node, data in outputs.items()
+    }
 
 
 def _numbers(name: str, given: Sequence[SupportsIndex], limit: int) -> list[int]:

@@ -1,5 +1,6 @@
 """Influence: how much of the output's weight flows through every node and edge; needs no run of the model."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import networkx as nx
@@ -79,15 +80,11 @@ def edge_shares(graph: nx.DiGraph) -> dict[tuple[str, str], float]:
     }
 
 
-def add_influence(graph: nx.DiGraph, divergence: str) -> None:
-    """Set outputs' weights, and every node's influence."""
-    outputs = [data for _, data in graph.nodes(data=True) if data["kind"] == "output"]
-    sizes = np.array([data["activation"] for data in outputs])
-    if len(outputs):
-        # Logits count by probability; measured numbers by size.
-        weights = np.exp(sizes - sizes.max()) if divergence == "kl" else np.abs(sizes)
-        total = weights.sum()
-        for data, weight in zip(outputs, weights, strict=True):
-            data["importance"] = float(weight / total) if total else 1 / len(outputs)
+def add_influence(graph: nx.DiGraph, sizes: Mapping[str, float]) -> None:
+    """Set every output's importance, its share of the sizes of all, and every node's influence."""
+    total = sum(sizes.values())
+    for node, size in sizes.items():
+        graph.nodes[node]["importance"] = size / total if total else 1 / len(sizes)
+    graph.graph["outputs"] = {**graph.graph["outputs"], "size": total}
     for node, influence in influences(graph).items():
         graph.nodes[node]["influence"] = influence

@@ -1,6 +1,8 @@
 """Layout: where the nodes of a graph are drawn; rows are calls of sites in traced order, columns are positions."""
 
-from typing import NamedTuple
+import re
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import networkx as nx
 import numpy as np
@@ -39,6 +41,11 @@ def layout(graph: nx.DiGraph) -> Layout:
     return Layout(titles, [], row, _by_neighbours(graph, row, len(orders)))
 
 
+def label(node: str, data: Mapping[str, Any]) -> str:
+    """What a reader sees of a node: its title, with the spaces at its ends drawn, which tell tokens apart."""
+    return re.sub("^ +| +$", lambda spaces: "␣" * len(spaces[0]), str(data.get("title", node)))
+
+
 def _order(data: dict) -> tuple:
     return data.get("order", data.get("layer", 0)), str(data.get("site", "")), data.get("call", 0)
 
@@ -47,7 +54,7 @@ def _columns(graph: nx.DiGraph, positions: list[int]) -> list[str]:
     titles = {position: str(position) for position in positions}
     for node, data in graph.nodes(data=True):
         if data.get("kind") == "input" and data.get("title", node) != node and "position" in data:
-            titles[data["position"]] = str(data["title"])
+            titles[data["position"]] = label(node, data)
     return [titles[position] for position in positions]
 
 

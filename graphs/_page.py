@@ -12,8 +12,9 @@ from typing import Any
 import networkx as nx
 
 from graphs._influence import edge_shares
-from graphs._layout import layout
+from graphs._layout import label, layout
 from graphs._modules import modules
+from graphs._prune import cut
 
 _MANY = 400  # nodes; above, modules are shown first
 _LOUVAIN = 4_000  # nodes; above, sites stand in for modules
@@ -74,7 +75,7 @@ def document(graph: nx.DiGraph) -> dict[str, Any]:
     shown = edges[:_EDGES]
     columns: dict[str, list] = {
         "id": nodes,
-        "title": [graph.nodes[node].get("title", node) for node in nodes],
+        "title": [label(node, graph.nodes[node]) for node in nodes],
         "row": [places.row[node] for node in nodes],
         "x": [round(places.x[node], 4) for node in nodes],
     }
@@ -101,6 +102,7 @@ def document(graph: nx.DiGraph) -> dict[str, Any]:
         "edges": lines,
         "unembedded": len(edges) - len(shown),
         "hidden": graph.graph.get("hidden_edges", 0),
+        "cut": dict(zip(("nodes", "edges"), cut(graph), strict=True)),
         "scores": scores(graph),
         "overview": len(graph) > _MANY,
         "about": {name: value for name, value in own.items() if len(json.dumps(value)) < 4000},

@@ -1,5 +1,6 @@
 """Prune: the part of a graph that matters, by influence, by a number of edges, or until a measured damage."""
 
+from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -40,7 +41,8 @@ def prune(
         influence: Keep nodes, most influential first, until they have this share of all nodes' influence; then edges
             until they carry the share `edge_influence` of what flows between them.
         edge_influence: See there.
-        edges: Keep this many edges, those that carry most influence.
+        edges: Keep this many edges, those that carry most influence of which none dangles; fewer where the next one
+            would bring several with it.
         damage: Keep the fewest nodes, most influential first, with which the model's measured damage is at most this.
         regime: How all else is ablated while damage is measured, as in `score`.
         decomposition: For `damage`.
@@ -70,7 +72,7 @@ def prune(
     if edges is not None:
         if edges < 0:
             raise ValueError(f"edges must be at least 0, got {edges}")
-        return _with_edges(graph, flow, edges, {"by": "edges", "edges": edges})
+        return _with_edges(graph, flow, edges, {"by": "edges", "limit": edges})
     if influence is not None:
         for name, one in (("influence", influence), ("edge_influence", edge_influence)):
             if not 0 <= one <= 1:
@@ -110,8 +112,17 @@ def _by_influence(
 
 
 def _with_edges(graph: nx.DiGraph, flow: dict[str, float], edges: int, recipe: dict[str, Any]) -> nx.DiGraph:
-    chosen = list(_carried(graph, flow))[:edges]
-    return _subgraph(graph, set(graph), chosen, recipe)
+    """The most edges, largest first, of which no more than `edges` stay when what dangles is gone.
+
+    An edge more never lets another one dangle, so that the number that stays can be bisected.
+    """
+    ranked, nodes = list(_carried(graph, flow)), set(graph)
+
+    def staying(n: int) -> int:
+        return _tied(graph, nodes, ranked[:n]).number_of_edges()
+
+    most = bisect_right(range(len(ranked) + 1), edges, lo=min(edges, len(ranked)), key=staying) - 1
+    return _subgraph(graph, nodes, ranked[:most], recipe)
 
 
 def _carried(graph: nx.DiGraph, flow: dict[str, float]) -> dict[tuple[str, str], float]:
@@ -134,11 +145,9 @@ def _until_share(items: Sequence[Any], sizes: Sequence[float], share: float) -> 
 
 def _subgraph(graph: nx.DiGraph, nodes: set[str], edges: Sequence[Any], recipe: dict[str, Any]) -> nx.DiGraph:
     """The nodes with these edges, without what they leave dangling."""
-    found = nx.DiGraph()
-    found.add_nodes_from((node, dict(data)) for node, data in graph.nodes(data=True) if node in nodes)
-    found.add_edges_from((source, target, dict(graph.edges[source, target])) for source, target in edges)
-    while loose := [node for node in found if _dangles(graph, found, node)]:
-        found.remove_nodes_from(loose)
+    tied, found = _tied(graph, nodes, edges), nx.DiGraph()
+    found.add_nodes_from((node, dict(graph.nodes[node])) for node in tied)
+    found.add_edges_from((*edge, dict(graph.edges[edge])) for edge in edges if tied.has_edge(*edge))
     add_accounts(found)
     counts = {"nodes": found.number_of_nodes(), "edges": found.number_of_edges()}
     before = {"nodes_before": graph.number_of_nodes(), "edges_before": graph.number_of_edges()}
@@ -146,8 +155,25 @@ def _subgraph(graph: nx.DiGraph, nodes: set[str], edges: Sequence[Any], recipe: 
     return found
 
 
+def _tied(graph: nx.DiGraph, nodes: set[str], edges: Sequence[Any]) -> nx.DiGraph:
+    """Names of the nodes and of these edges, without what they leave dangling."""
+    found = nx.DiGraph()
+    found.add_nodes_from(node for node in graph if node in nodes)
+    found.add_edges_from(edges)
+    while loose := [node for node in found if _dangles(graph, found, node)]:
+        found.remove_nodes_from(loose)
+    return found
+
+
+def cut(graph: nx.DiGraph) -> tuple[int, int]:
+    """Numbers of nodes and edges that pruning has taken away."""
+    steps = [one for one in graph.graph.get("pruning", []) if isinstance(one, dict) and "edges_before" in one]
+    nodes, edges = (sum(one[f"{what}_before"] - one[what] for one in steps) for what in ("nodes", "edges"))
+    return nodes, edges
+
+
 def _dangles(before: nx.DiGraph, now: nx.DiGraph, node: str) -> bool:
-    kind = now.nodes[node].get("kind")
+    kind = before.nodes[node].get("kind")
     if kind == "output":
         return False
     return (not now.out_degree(node)) or (kind != "input" and not now.in_degree(node) and bool(before.in_degree(node)))

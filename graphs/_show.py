@@ -8,6 +8,7 @@ import networkx as nx
 
 from graphs._columns import UNITS
 from graphs._page import page, scores, title
+from graphs._prune import cut
 from graphs._sanitise import sanitise
 from graphs._svg import svg
 
@@ -53,6 +54,8 @@ def summary(graph: nx.DiGraph) -> str:
     kinds = Counter(str(data.get("kind")) for _, data in graph.nodes(data=True))
     counted = ", ".join(f"{n} {kind}" for kind, n in kinds.items())
     lines = [title(graph), f"{len(graph)} nodes ({counted}), {graph.number_of_edges()} edges"]
+    if any(cut(graph)):
+        lines[-1] += ", {:,} nodes and {:,} edges pruned away".format(*cut(graph))
     if graph.graph.get("hidden_edges"):
         lines[-1] += f", {graph.graph['hidden_edges']} more left out"
     for one in scores(graph):

@@ -5,7 +5,7 @@ from html import escape
 import networkx as nx
 
 from graphs._influence import edge_shares
-from graphs._layout import layout
+from graphs._layout import label, layout
 
 _EDGES = 300  # drawn, largest first
 _WIDTH, _ROW, _LEFT = 900, 90, 130
@@ -50,7 +50,7 @@ def _edge(one: tuple[float, float], other: tuple[float, float], weight: float, s
 def _node(at: tuple[float, float], node: str, data: dict) -> str:
     size = 3 + 7 * min(1.0, abs(data.get("influence", 0.1))) ** 0.5
     fill = {"input": "#555", "output": "#222", "remainder": "#fff", "bias": "#fff"}.get(data.get("kind", ""), "#7d8ca3")
-    title = escape(str(data.get("title", node)))
+    title = escape(label(node, data))
     return (
         f'<circle cx="{at[0]:.0f}" cy="{at[1]:.0f}" r="{size:.1f}" fill="{fill}" stroke="#333"><title>{title}</title>'
         "</circle>"

@@ -5,8 +5,10 @@ const D = JSON.parse(document.getElementById("data").textContent);
 const N = D.nodes, E = D.edges, n = N.id.length, m = E.s.length;
 const $ = id => document.getElementById(id);
 const NS = "http://www.w3.org/2000/svg";
-const LEFT = 128, RIGHT = 26, TOP = 34, LABELS = 14, DEFAULT = 300, PAGE = 200;
-const UP = "#0b6e99", DOWN = "#c4500c";
+const LEFT = 128, RIGHT = 26, TOP = 34, LABELS = 14, DEFAULT = 300, PAGE = 200, NARROWEST = 640;
+// Of the drawing, in pixels: the lines' canvas and the nodes' picture share it, and scroll together where it is wider.
+const room = () => Math.max(NARROWEST, $("stage").clientWidth);
+const colour = name => getComputedStyle(document.documentElement).getPropertyValue(name);
 const get = (name, i) => N[name] ? N[name][i] : null;
 const count = x => x.toLocaleString("en");
 const print = x => typeof x === "number" ? String(+x.toPrecision(4)) : String(x);
@@ -33,6 +35,8 @@ function sv(tag, attributes, text) {
   return e;
 }
 
+// Edges of the graph as it was before any were left out.
+const whole = m + D.unembedded + D.hidden + D.cut.edges;
 const into = Array.from({length: n}, () => []), out = Array.from({length: n}, () => []);
 for (let e = 0; e < m; e++) { into[E.t[e]].push(e); out[E.s[e]].push(e); }
 const byInfluence = [...Array(n).keys()].sort((a, b) => (get("influence", b) || 0) - (get("influence", a) || 0));
@@ -112,17 +116,16 @@ function available() {
 // ------------------------------------------------------------------ the layered drawing
 
 function drawGraph() {
-  const edges = chosenEdges(), picture = $("picture"), width = Math.max(360, $("stage").clientWidth);
+  const edges = chosenEdges(), picture = $("picture"), width = room();
   const seen = new Set();
   for (const e of edges) { seen.add(E.s[e]); seen.add(E.t[e]); }
   const members = state.module === null ? null : new Set([...Array(n).keys()].filter(inside));
   const rowsUsed = D.rows.map((_, r) => r).filter(r => !members || [...members].some(i => N.row[i] === r));
   const rank = new Map(rowsUsed.map((r, k) => [r, k]));
-  const free = window.innerHeight - $("stage").getBoundingClientRect().top - 60;
+  const free = window.innerHeight - $("stage").getBoundingClientRect().top - window.scrollY - 60;
   const step = Math.max(46, Math.min(120, free / Math.max(1, rowsUsed.length)));
   const height = TOP + step * rowsUsed.length + (D.columns.length ? 18 : 0);
-  picture.setAttribute("viewBox", `0 0 ${width} ${height}`);
-  picture.setAttribute("height", height);
+  resize(picture, width, height);
   picture.replaceChildren();
   const inner = width - LEFT - RIGHT, bands = [];
   rowsUsed.forEach((r, k) => {
@@ -137,7 +140,7 @@ function drawGraph() {
     const x = LEFT + inner * (c + .5) / D.columns.length;
     if (inner / D.columns.length > 18)
       picture.append(sv("text", {x, y: height - 6, "text-anchor": "middle"}, title.slice(0, Math.max(2, Math.floor(inner / D.columns.length / 7)))));
-    picture.append(sv("line", {x1: LEFT + inner * c / D.columns.length, x2: LEFT + inner * c / D.columns.length, y1: 0, y2: height, stroke: "#eef1f4"}));
+    picture.append(sv("line", {x1: LEFT + inner * c / D.columns.length, x2: LEFT + inner * c / D.columns.length, y1: 0, y2: height, class: "rule"}));
   });
   const layer = sv("g", {});
   const back = [], front = [], crowd = new Map();
@@ -157,6 +160,12 @@ function drawGraph() {
   picture.append(layer, labels(seen, members));
   drawLines(edges, width, height, bands);
   counts(edges.length, seen.size || (members ? members.size : 0));
+}
+
+function resize(picture, width, height) {
+  picture.setAttribute("viewBox", `0 0 ${width} ${height}`);
+  picture.setAttribute("width", width);
+  picture.setAttribute("height", height);
 }
 
 function node(i, lit) {
@@ -191,7 +200,7 @@ function labels(seen, members) {
     if (taken.some(t => Math.abs(t.y - y) < 13 && Math.abs(t.x - x) < (t.w + w) / 2 + 3)) continue;
     taken.push({x, y, w});
     if (!special) left--;
-    const edge = $("stage").clientWidth - 4 - w / 2;
+    const edge = room() - 4 - w / 2;
     layer.append(sv("text", {class: "halo", x: Math.min(x, edge), y, "text-anchor": "middle"}, title));
   }
   return layer;
@@ -204,16 +213,17 @@ function drawLines(edges, width, height, bands) {
   const c = canvas.getContext("2d");
   c.scale(ratio, ratio);
   // Behind the lines: the picture with the nodes lies above this canvas.
-  c.fillStyle = "#f5f7f9";
+  c.fillStyle = colour("--raised");
   for (const [y, tall] of bands) c.fillRect(0, y, width, tall);
   const most = Math.max(...edges.map(e => E.share[e]), 1e-9), crowd = Math.min(1, Math.sqrt(120 / Math.max(1, edges.length)));
+  const up = colour("--up"), down = colour("--down");
   for (let k = edges.length - 1; k >= 0; k--) {
     const e = edges[k], a = E.s[e], b = E.t[e], size = Math.sqrt(E.share[e] / most);
     const x = place.x[a], y = place.y[a], u = place.x[b], v = place.y[b], mid = (y + v) / 2;
     c.beginPath();
     c.moveTo(x, y);
     c.bezierCurveTo(x, mid, u, mid, u, v);
-    c.strokeStyle = E.w[e] < 0 ? DOWN : UP;
+    c.strokeStyle = E.w[e] < 0 ? down : up;
     c.setLineDash(E.w[e] < 0 ? [5, 3] : []);
     c.globalAlpha = .12 + (.25 + .55 * crowd) * size;
     c.lineWidth = .5 + 4.5 * size * (.35 + .65 * crowd);
@@ -223,10 +233,11 @@ function drawLines(edges, width, height, bands) {
 
 function counts(edges, nodes) {
   const more = [];
+  if (D.cut.edges) more.push(count(D.cut.edges) + " pruned away");
   if (D.hidden) more.push(count(D.hidden) + " left out when it was built");
   if (D.unembedded) more.push(count(D.unembedded) + " too small for this page");
   const of = state.module === null ? "" : " of module " + state.module;
-  $("counts").textContent = `showing ${count(nodes)} of ${count(n)} nodes, ${count(edges)} of ${count(m + D.unembedded + D.hidden)} edges` +
+  $("counts").textContent = `showing ${count(nodes)} of ${count(n + D.cut.nodes)} nodes, ${count(edges)} of ${count(whole)} edges` +
     of + (more.length ? ` (${more.join(", ")})` : "");
 }
 
@@ -244,10 +255,9 @@ function groups() {
 }
 
 function drawModules() {
-  const picture = $("picture"), width = Math.max(360, $("stage").clientWidth), found = groups();
+  const picture = $("picture"), width = room(), found = groups();
   const height = Math.max(420, Math.min(760, window.innerHeight - 190));
-  picture.setAttribute("viewBox", `0 0 ${width} ${height}`);
-  picture.setAttribute("height", height);
+  resize(picture, width, height);
   picture.replaceChildren();
   const between = new Map(), joined = new Set();
   for (let e = 0; e < m; e++) {
@@ -281,12 +291,12 @@ function drawModules() {
   const layer = sv("g", {fill: "none"});
   for (const [a, b, size, signed] of lines.reverse()) {
     // Both directions bow to their own left, so that neither hides the other; the arrow stands in the middle.
-    const p = at.get(a), q = at.get(b), dx = q.x - p.x, dy = q.y - p.y, colour = signed < 0 ? DOWN : UP;
+    const p = at.get(a), q = at.get(b), dx = q.x - p.x, dy = q.y - p.y, sign = signed < 0 ? "down" : "up";
     const wide = .7 + 9 * Math.sqrt(size / strongest), bow = Math.min(.16, 45 / Math.hypot(dx, dy)), x = (p.x + q.x) / 2 + bow * dy, y = (p.y + q.y) / 2 - bow * dx;
-    const line = sv("path", {d: `M${p.x} ${p.y}Q${x + bow * dy} ${y - bow * dx} ${q.x} ${q.y}`, stroke: colour, "stroke-width": wide, "stroke-opacity": .4});
+    const line = sv("path", {d: `M${p.x} ${p.y}Q${x + bow * dy} ${y - bow * dx} ${q.x} ${q.y}`, class: sign, stroke: "currentColor", "stroke-width": wide, "stroke-opacity": .4});
     if (signed < 0) line.setAttribute("stroke-dasharray", "7 4");
     const turn = Math.atan2(dy, dx) * 180 / Math.PI, tip = 5 + wide;
-    layer.append(line, sv("path", {d: `M${-tip / 2} ${-tip / 2}L${tip / 2} 0L${-tip / 2} ${tip / 2}Z`, fill: colour, transform: `translate(${x} ${y}) rotate(${turn})`}));
+    layer.append(line, sv("path", {d: `M${-tip / 2} ${-tip / 2}L${tip / 2} 0L${-tip / 2} ${tip / 2}Z`, class: sign, fill: "currentColor", transform: `translate(${x} ${y}) rotate(${turn})`}));
   }
   picture.append(layer);
   for (const [g, one] of at) {
@@ -304,7 +314,7 @@ function drawModules() {
   canvas.width = canvas.height = 0;
   const left = alone ? `, ${count(alone)} single nodes without bundles left out` : "";
   $("counts").textContent = `${count(at.size)} modules of ${count(n)} nodes, ${count(lines.length)} of ${count(all.length)} bundles of ` +
-    `${count(m + D.unembedded + D.hidden)} edges${left}`;
+    `${count(whole - D.cut.edges)} edges${left}`;
 }
 
 // ------------------------------------------------------------------ the table
@@ -461,6 +471,7 @@ $("picture").addEventListener("keydown", event => {
 function open(g) { state.module = g; state.view = "graph"; draw(); }
 let waiting = 0;
 window.addEventListener("resize", () => { clearTimeout(waiting); waiting = setTimeout(draw, 100); });
+matchMedia("(prefers-color-scheme: dark)").addEventListener("change", draw);
 
 scores(); key(); views(); draw();
 document.body.dataset.drawn = (performance.now() - began).toFixed(1);

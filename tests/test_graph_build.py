@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import graphs
 from graphs._build import _numbers
-from tests.graph_models import NETS, attention, decomposed_exactly
+from tests.graph_models import NETS, Attention, attention, decomposed_exactly
 from tests.models import Calls, drawn, ids, seeded, sparse
 from weightdecomp import Decomposition, NumericalWarning
 from weightdecomp._forward import replaced
@@ -206,6 +206,55 @@ def test_graphs_of_single_inputs_add_up_to_the_graph_of_all(name: str, collapse:
         assert one.keys() == other.keys()
         for key, value in one.items():
             assert value == pytest.approx(other[key], rel=1e-9, abs=1e-11), key
+
+
+def of_words() -> tuple[Decomposition, Tensor]:
+    """A transformer with more outputs than are shown, and 12 inputs of 5 positions; its logits differ in level."""
+    model, x = seeded(Attention(80)).double(), ids(80, 12, 5)
+    return decomposed_exactly(model, x), x
+
+
+def outputs_of(graph: nx.DiGraph) -> dict[int, float]:
+    return {data["index"]: data["importance"] for _, data in graph.nodes(data=True) if data["kind"] == "output"}
+
+
+def test_outputs_are_the_likeliest_over_all_batches_and_positions_and_count_by_it():
+    decomposition, x = of_words()
+    likely = decomposition.target(x).detach().softmax(-1).mean((0, 1))
+
+    found = outputs_of(graphs.circuit_graph(decomposition, list(x.split(5))))
+
+    top = likely.topk(10)
+    assert set(found) == set(top.indices.tolist())
+    for index, importance in found.items():
+        assert importance == pytest.approx(float(likely[index] / top.values.sum()), rel=1e-9)
+
+
+def test_outputs_of_one_input_are_the_likeliest_at_its_last_position():
+    decomposition, x = of_words()
+    likely = decomposition.target(x[:1]).detach()[0, -1].softmax(-1)
+
+    found = outputs_of(graphs.circuit_graph(decomposition, x[:1], output_positions=[-1]))
+
+    top = likely.topk(10)
+    assert set(found) == set(top.indices.tolist())
+    for index, importance in found.items():
+        assert importance == pytest.approx(float(likely[index] / top.values.sum()), rel=1e-9)
+
+
+@pytest.mark.parametrize("positions", [False, True])
+def test_outputs_count_alike_in_a_sum_of_graphs_of_single_inputs(positions: bool):
+    """Of each input another share of the probability is shown."""
+    decomposition, x = of_words()
+    shown = {"outputs": [3, 50], "output_positions": [1, 3, 4], "edges": None}
+
+    whole = graphs.circuit_graph(decomposition, x, positions=positions, **shown)
+    single = [graphs.circuit_graph(decomposition, one, **shown) for one in x.split(1)]
+    total = graphs.aggregate(single, positions=positions, edges=None)
+
+    (of_whole, _), (of_total, _) = numbers(whole), numbers(total)
+    assert of_total == pytest.approx(of_whole, rel=1e-9, abs=1e-11)
+    assert total.graph["outputs"]["size"] == pytest.approx(whole.graph["outputs"]["size"], rel=1e-9)
 
 
 def test_positions_are_kept_for_one_input_and_in_the_id():

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 import graphs
+from graphs import _layout
 from graphs._influence import edge_shares, influences
 from tests import browser
 from tests.browser import Browser
@@ -152,22 +153,105 @@ def test_the_page_opens_with_the_right_counts_and_without_errors(circuit: nx.DiG
 
 
 @needs_browser
-def test_lines_end_at_their_nodes(circuit: nx.DiGraph, window: Browser, tmp_path: Path):
-    """Lines are drawn on a canvas, nodes in a picture of its own scale; both must cover the same place."""
+def test_a_pruned_graph_says_of_how_many_nodes_and_edges_it_is(circuit: nx.DiGraph, window: Browser, tmp_path: Path):
+    pruned = graphs.prune(graphs.prune(circuit, edges=30), edges=12)
+    graphs.write(pruned, tmp_path / "pruned.html")
+
+    window.open(tmp_path / "pruned.html")
+
+    told, away = window.text("#counts"), circuit.number_of_edges() - pruned.number_of_edges()
+    assert f"of {len(circuit)} nodes" in told
+    assert f"{pruned.number_of_edges()} of {circuit.number_of_edges()} edges ({away} pruned away)" in told
+    nodes = len(circuit) - len(pruned)
+    assert f", {nodes} nodes and {away} edges pruned away" in repr(graphs.show(pruned))
+    assert "pruned" not in repr(graphs.show(circuit))
+
+
+def resized(window: Browser, width: int) -> None:
+    """Make the window as wide, and wait until the page is drawn for it."""
+    window.ask("Emulation.setDeviceMetricsOverride", width=width, height=844, deviceScaleFactor=1, mobile=False)
+    window.run("new Promise(done => setTimeout(done, 300))")
+
+
+@needs_browser
+@pytest.mark.parametrize("width", [1400, 700, 390])
+def test_lines_end_at_their_nodes_in_a_window_of_any_width(
+    width: int, circuit: nx.DiGraph, window: Browser, tmp_path: Path
+):
+    """Lines are drawn on a canvas, nodes in a picture; both must cover the same place at one scale, the window's."""
     graphs.write(circuit, tmp_path / "circuit.html")
+    resized(window, width)
 
     window.open(tmp_path / "circuit.html")
 
-    canvas, picture, box = (
-        window.run(f"(() => {{ const r = document.getElementById('{name}').{what}; return [r.width, r.height] }})()")
+    canvas, picture, box, stage, card = (
+        window.run(
+            f"(() => {{ const r = document.getElementById('{name}').{what}; return [r.x, r.y, r.width, r.height] }})()"
+        )
         for name, what in [
             ("lines", "getBoundingClientRect()"),
             ("picture", "getBoundingClientRect()"),
             ("picture", "viewBox.baseVal"),
+            ("stage", "getBoundingClientRect()"),
+            ("card", "getBoundingClientRect()"),
         ]
     )
+    whole = window.run("document.documentElement.scrollWidth - innerWidth")
+    window.ask("Emulation.clearDeviceMetricsOverride")
     assert canvas == pytest.approx(picture, abs=0.6)
-    assert box == pytest.approx(picture, abs=0.6)
+    assert box[2:] == pytest.approx(picture[2:], abs=0.6)
+    assert picture[2] >= 600
+    # What is wider than the window scrolls in its own box, and no box lies on another.
+    assert whole <= 0
+    assert stage[0] + stage[2] <= card[0] + 0.6 if width > 960 else stage[1] + stage[3] <= card[1] + 0.6
+
+
+@needs_browser
+def test_the_page_is_dark_where_the_reader_wants_it(circuit: nx.DiGraph, window: Browser, tmp_path: Path):
+    graphs.write(circuit, tmp_path / "circuit.html")
+    window.open(tmp_path / "circuit.html")
+    seen = []
+
+    for scheme in ("light", "dark"):
+        window.ask("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
+        window.run("new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))")
+        # The paper, and a band of the canvas, which is drawn anew.
+        paper = window.run("getComputedStyle(document.body).backgroundColor")
+        band = window.run(
+            "(() => { const c = document.getElementById('lines'); "
+            "const d = c.getContext('2d').getImageData(0, 0, 1, c.height).data; "
+            "for (let k = 0; k < d.length; k += 4) if (d[k + 3]) return d[k] })()"
+        )
+        seen.append((numbers_in(paper)[0], band))
+    window.ask("Emulation.setEmulatedMedia", features=[])
+
+    assert min(seen[0]) > 240
+    assert max(seen[1]) < 40
+    assert window.errors == []
+
+
+@needs_browser
+def test_spaces_at_the_ends_of_a_label_are_seen_and_stay_in_the_graph(window: Browser, tmp_path: Path):
+    titles = [" ", " r", "r", "  to be  ", "a b"]
+    graph = nx.DiGraph()
+    graph.add_node("y", kind="output", title="y", site="output", order=1)
+    for i, title in enumerate(titles):
+        graph.add_node(f"x/{i}", kind="input", title=title, site="x", position=i, order=0)
+        graph.add_edge(f"x/{i}", "y", weight=1.0)
+    graphs.write(graph, tmp_path / "spaces.html")
+    graphs.write(graph, tmp_path / "spaces.json")
+
+    window.open(tmp_path / "spaces.html")
+    columns = window.run("[...document.querySelectorAll('#picture text:not(.row):not(.halo)')].map(e => e.textContent)")
+    window.click("[data-node='0']")
+    links = window.run("[...document.querySelectorAll('#links-in button')].map(e => e.textContent)")
+
+    seen = ["␣", "␣r", "r", "␣␣to be␣␣", "a b"]
+    assert columns == seen
+    assert sorted(links) == sorted(seen)
+    assert all(f"<title>{one}</title>" in graphs.show(graph)._repr_mimebundle_()["image/svg+xml"] for one in seen)
+    kept = graphs.read(tmp_path / "spaces.json")
+    assert [kept.nodes[f"x/{i}"]["title"] for i in range(5)] == titles
 
 
 @needs_browser
@@ -344,7 +428,8 @@ def test_hostile_labels_stay_text(window: Browser, tmp_path: Path):
     window.click(f'[data-node="{len(graph) - 1}"]')
 
     listed = window.run("[...document.querySelectorAll('#links-in button')].map(e => e.textContent)")
-    assert set(listed) == {data["title"] for node, data in graphs.sanitise(graph).nodes(data=True) if node != "y"}
+    nodes = graphs.sanitise(graph).nodes(data=True)
+    assert set(listed) == {_layout.label(node, data) for node, data in nodes if node != "y"}
     assert window.run("document.title") == "Circuit"
     assert (
         window.run("document.querySelectorAll('img, b:not(#lead b), body script:not([id]):not(:last-of-type)').length")

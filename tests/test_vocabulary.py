@@ -38,6 +38,15 @@ def test_unknown_ids_and_control_characters_are_named():
     assert labels.get(7) == "[7]"
 
 
+def test_an_unknown_id_inside_a_character_keeps_its_place():
+    first, second = "é".encode()[:1], "é".encode()[1:]
+    labels = Vocabulary({0: first, 1: second, 2: b""})
+
+    assert labels.words([0, 7, 1]) == [("\\xc3", 1), ("[7]", 1), ("\\xa9", 1)]
+    assert labels.words([0, 2, 1]) == [("\\xc3", 1), ("[2]", 1), ("\\xa9", 1)]
+    assert labels.words([0, 1, 7]) == [("é", 2), ("[7]", 1)]
+
+
 def byte_level(folder: Path) -> list[int]:
     """A byte-level tokenizer with a few merges, and the ids that it makes of a text."""
     tokenizers = pytest.importorskip("tokenizers")

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,8 @@ _VISIBLE = {"\n": "↵", "\r": "␍", "\t": "⇥"}
 class Vocabulary(Mapping[int, str]):
     """Labels of token ids; a mapping that knows every id.
 
-    An id without a known piece is shown as `[id]`; bytes that begin or end inside a character as `\\xE2`.
+    An id without a known piece, or with an empty one, is shown as `[id]`; bytes that begin or end inside a character
+    as `\\xE2`.
     """
 
     def __init__(self, pieces: Mapping[int, bytes]) -> None:
@@ -51,11 +53,12 @@ class Vocabulary(Mapping[int, str]):
 
     def _word(self, tokens: Sequence[int]) -> tuple[int, str]:
         """The fewest first tokens that are whole characters together, and their text."""
-        if tokens[0] not in self.pieces:
+        if not self.pieces.get(tokens[0]):
             return 1, f"[{tokens[0]}]"
         joined = b""
-        for n, token in enumerate(tokens[:_LONGEST], 1):
-            joined += self.pieces.get(token, b"")
+        # An id without a piece has a label of its own.
+        for n, token in enumerate(takewhile(self.pieces.get, tokens[:_LONGEST]), 1):
+            joined += self.pieces[token]
             try:
                 return n, _visible(joined.decode())
             except UnicodeDecodeError as error:
