@@ -6,6 +6,7 @@ import html
 import json
 import re
 from collections.abc import Iterator
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -124,8 +125,21 @@ def test_mistakes_are_named(words: list[str], message: str, saved: Path, capsys:
     assert not (saved / "report.html").exists()
 
 
-def test_the_heading_names_the_class_and_the_directory_of_a_checkpoint(texts: Path):
-    assert (texts / "run" / "report.md").read_text().startswith("# LlamaForCausalLM of model, decomposed")
+def test_heading_and_recipe_name_the_class_and_the_directory_of_a_checkpoint(texts: Path):
+    told = (texts / "run" / "report.md").read_text()
+
+    assert told.startswith("# LlamaForCausalLM of model, decomposed")
+    assert "\nmodel: LlamaForCausalLM of model\n" in told
+
+
+def test_the_recipe_tells_versions_and_every_flag_that_was_given(saved: Path):
+    main(["report", str(saved), *MODEL, *QUICK, "--input", "0", "--seed", "0"])
+
+    told = dict(line.split(": ", 1) for line in (saved / "report.md").read_text().splitlines() if ": " in line)
+    assert {"input 0", "seed 0", "steps 20", "no_progress True"} <= set(told["report"].split(", "))
+    assert not {"json False", "compare False", "title None"} & set(told["report"].split(", "))
+    assert told["weightdecomp"] == version("weightdecomp")
+    assert told["torch"] == torch.__version__
 
 
 def test_graphs_of_a_language_model_name_its_tokens(texts: Path):

@@ -30,7 +30,6 @@ from weightdecomp._given import (
     one_input,
 )
 from weightdecomp._loading import loaded_divergence
-from weightdecomp._pretrained import Pretrained
 from weightdecomp._processes import Processes, ProcessLost, job
 from weightdecomp._progress import shown
 from weightdecomp._storage import check_vacant, exists
@@ -242,7 +241,7 @@ def _report(given: argparse.Namespace) -> int:
     batches = decomposition.read(inputs)
     images, names = given_images(given, batches), given_vocabulary(given, model, batches)
     report = _report.Report(
-        given.title or f"{model.title if isinstance(model, Pretrained) else type(model).__name__}, decomposed",
+        given.title or f"{_report.model_name(model)}, decomposed",
         decomposition,
         _verified(given, decomposition, batches, given.steps),
         batches,
