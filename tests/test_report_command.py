@@ -213,7 +213,64 @@ def test_finding_leaves_the_cards_with_every_word(window: Browser, pictures: Pat
     assert all(one.startswith("layers.1 ") for one in shown)
     n = window.run("document.querySelectorAll('.card').length")
     assert window.text("#found") == f"{len(shown)} of {n} cards"
-    assert window.run("[...document.querySelectorAll('details.site')].map(e => e.open)") == [False, True, False]
+    assert window.run(_OPEN) == [False, True, False]
+
+
+@needs_browser
+def test_finding_a_number_leaves_the_components_of_that_number(window: Browser, pictures: Path):
+    window.open(pictures)
+    window.run("document.getElementById('find').focus()")
+
+    window.write("layers.1 7")
+
+    assert window.run("[...document.querySelectorAll('.card:not([hidden]) h4')].map(e => e.textContent)") == [
+        "layers.1 7"
+    ]
+
+
+@needs_browser
+def test_sites_are_as_they_were_when_a_search_ends(window: Browser, pictures: Path):
+    window.open(pictures)
+    window.run("document.querySelectorAll('details.site')[2].open = true")
+    before = window.run(_OPEN)
+    window.run("document.getElementById('find').focus()")
+
+    window.write("no such word")
+    during = window.run(_OPEN)
+    window.run("document.execCommand('selectAll')")
+    window.run("document.execCommand('delete')")
+
+    assert before == [True, False, True]
+    assert during == [False, False, False]
+    assert window.run(_OPEN) == before
+    assert window.run("document.querySelectorAll('.card[hidden]').length") == 0
+
+
+@needs_browser
+def test_a_link_shows_the_heading_of_a_card_that_is_higher_than_the_window(window: Browser, texts: Path):
+    window.open(texts / "run" / "report.html")
+    window.ask("Emulation.setDeviceMetricsOverride", width=1400, height=200, deviceScaleFactor=1, mobile=False)
+
+    window.run("document.querySelector('.circuits a').focus()")
+    window.press("Enter")
+    card, heading = (f"document.activeElement{place}" for place in ("", ".querySelector('h4')"))
+    higher = window.run(f"{card}.offsetHeight > innerHeight")
+    top, bottom = (window.run(f"{heading}.getBoundingClientRect().{end}") for end in ("top", "bottom"))
+    window.ask("Emulation.clearDeviceMetricsOverride")
+
+    assert higher
+    assert 0 <= top < bottom <= 200
+
+
+@needs_browser
+def test_the_contents_lead_to_their_sections(window: Browser, pictures: Path):
+    window.open(pictures)
+
+    window.run("document.querySelector('nav a:last-child').focus()")
+    window.press("Enter")
+
+    assert window.run("location.hash") == "#" + window.run("document.querySelector('section:last-of-type').id")
+    assert window.errors == []
 
 
 @needs_browser
@@ -239,6 +296,8 @@ def test_text_stands_out_in_light_and_dark(scheme: str, window: Browser, picture
     for selector in ("body", ".note", ".card", "a", "code", "pre", ".no, .yes"):
         assert window.run(_CONTRAST % json.dumps(selector)) >= 4.5, selector
 
+
+_OPEN = "[...document.querySelectorAll('details.site')].map(e => e.open)"
 
 # Contrast of WCAG 2: the text's colour on what lies under it, translucent layers mixed.
 _CONTRAST = """(() => {

@@ -88,7 +88,7 @@ def _card(card: Card, how: Setting) -> str:
     rank = f" · rank {len(one.left)}" if len(one.left) > 1 else ""
     arms = "".join(_arm(arm, how) for arm in card.arms) or "<p class=note>open on none of these inputs</p>"
     return (
-        f'<article class=card id="{anchor(how, one.site, one.index)}" tabindex=0>'
+        f'<article class=card id="{anchor(how, one.site, one.index)}" data-number={one.index} tabindex=0>'
         f"<h4>{escape(one.site or '(model)')} {one.index}</h4><p class=note>{facts}{rank}</p>"
         f"<div class=pair>{_direction('reads', card.reads, card, how)}{_direction('writes', card.writes, card, how)}"
         f"</div>{arms}</article>"
