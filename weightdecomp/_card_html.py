@@ -102,7 +102,7 @@ def _direction(what: str, direction: Tensor, card: Card, how: Setting) -> str:
         limit = float(direction.abs().max())
         picture = _png(direction.reshape(how.images.side, -1), "RdBu_r", -limit, limit)
         return f'<div><b>reads</b><br><img class=pixels src="{picture}" alt="weights by pixel, red positive"></div>'
-    largest = " ".join(f"<span class=nowrap>{i}: {value:+.2g}</span>" for i, value in top(direction))
+    largest = " ".join(f"<span class=chip>{i}: {value:+.2g}</span>" for i, value in top(direction))
     return f"<div><b>{what}</b> <span class=note>{largest}</span></div>"
 
 
@@ -168,7 +168,7 @@ def _effects(arm: Arm, how: Setting) -> str:
 
 def _chip(index: int, change: float, how: Setting) -> str:
     name = str(index) if how.names is None else how.names.get(index, str(index))
-    return f"<span class=nowrap><code>{escape(name)}</code> <span class=note>{change:+.2g}</span></span>"
+    return f"<span class=chip><code>{escape(name)}</code> <span class=note>{change:+.2g}</span></span>"
 
 
 def _png(values: Tensor, colours: str, low: float, high: float) -> str:
