@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from matplotlib.image import imread
 
 import graphs
 import weightdecomp as wd
@@ -214,6 +215,18 @@ def test_nothing_is_wider_than_the_window(width: int, window: Browser, pictures:
     window.ask("Emulation.clearDeviceMetricsOverride")
 
     assert max(wide) <= 0
+
+
+@needs_browser
+@pytest.mark.parametrize(("scheme", "bright"), [("light", True), ("dark", False)])
+def test_plots_are_as_bright_as_the_page(scheme: str, bright: bool, window: Browser, pictures: Path, tmp_path: Path):
+    window.ask("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
+    window.open(pictures)
+    window.run("document.querySelector('figure').scrollIntoView()")
+
+    window.screenshot(tmp_path / "window.png")
+
+    assert (imread(tmp_path / "window.png")[..., :3].mean() > 0.5) == bright
 
 
 @needs_browser
