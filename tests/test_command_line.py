@@ -251,6 +251,37 @@ def test_a_folder_that_is_taken_is_refused_before_the_run(
     assert "is not empty and holds no decomposition" in capsys.readouterr().err
 
 
+def test_a_decomposition_is_not_replaced(
+    saved: Path, here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setattr("weightdecomp.__main__.decompose", lambda *args, **options: pytest.fail("it ran"))
+    before = (saved / "out" / "decomposition.json").read_bytes()
+
+    code = main([*RUN, "--checkpoint", "progress"])
+
+    assert code == 2
+    assert capsys.readouterr().err == (
+        "weightdecomp: 'out' already holds a decomposition; give another --out, or delete it first\n"
+    )
+    assert (saved / "out" / "decomposition.json").read_bytes() == before
+
+
+def test_a_finished_run_can_be_repeated_and_another_is_refused(
+    here: Path, quick: None, capsys: pytest.CaptureFixture[str]
+):
+    resumed = [*RUN, "--checkpoint", "progress"]
+    first = main(resumed)
+    before = (here / "out" / "decomposition.json").read_bytes()
+
+    again = main(resumed)
+    other = main([*resumed, "--seed", "5"])
+
+    assert again == first
+    assert other == 2
+    assert "holds another run: seed differ" in capsys.readouterr().err
+    assert json.loads((here / "out" / "decomposition.json").read_bytes())["tensors"] == json.loads(before)["tensors"]
+
+
 @pytest.mark.parametrize("mistake", ["missing module", "pickle as weights", "pattern without a match"])
 def test_a_mistake_shows_no_traceback(mistake: str, folder: Path):
     words, message = MISTAKES[mistake]

@@ -1,4 +1,5 @@
 import base64
+import itertools
 import re
 from dataclasses import replace
 from html.parser import HTMLParser
@@ -8,7 +9,7 @@ import torch
 
 import weightdecomp as wd
 from weightdecomp import _circuit_html, _figures, _page, _report, digits
-from weightdecomp._curve import curve
+from weightdecomp._curve import FACTORS, curve
 from weightdecomp._figures import Images
 from weightdecomp._report import Report
 
@@ -98,6 +99,34 @@ def test_fewer_active_components_do_more_damage(report: Report):
     assert half.active < whole.active
     assert half.adversarial.damage > whole.adversarial.damage
     assert whole.gates.damage == pytest.approx(report.verification.gates.damage, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    "active",
+    [
+        (172.0, 161.0, 140.0, 106.0, 70.1, 34.4),
+        (172e3, 161e3, 140e3, 106e3, 70.1e3, 34.4e3),
+        (1.72, 1.61, 1.4, 1.06, 0.1, 0.0),
+        (5.0,) * 6,
+    ],
+)
+def test_labels_of_the_curve_never_overlap_and_the_decompositions_own_is_there(
+    active: tuple[float, ...], report: Report
+):
+    whole = report.curve[0]
+    points = [whole._replace(factor=f, active=a) for f, a in zip(FACTORS, active, strict=True)]
+
+    figure = _figures.curve(points, report.verification)
+
+    figure.draw_without_rendering()
+    (below,) = figure.axes
+    (above,) = below.child_axes
+    for axis in (below, above):
+        boxes = sorted(one.get_window_extent().intervalx.tolist() for one in axis.get_xticklabels())
+        assert all(left[1] < right[0] for left, right in itertools.pairwise(boxes))
+    named = [one.get_text() for one in above.get_xticklabels()]
+    assert below.get_xticks()[named.index("x 1")] == active[3]
+    assert not below.texts, "a label inside the axes may hide behind a marker"
 
 
 def test_a_failed_verification_stands_above_everything_else(report: Report):

@@ -6,11 +6,13 @@ import html
 import json
 import re
 from collections.abc import Iterator
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from matplotlib.image import imread
 
 import graphs
 import weightdecomp as wd
@@ -124,8 +126,21 @@ def test_mistakes_are_named(words: list[str], message: str, saved: Path, capsys:
     assert not (saved / "report.html").exists()
 
 
-def test_the_heading_names_the_class_and_the_directory_of_a_checkpoint(texts: Path):
-    assert (texts / "run" / "report.md").read_text().startswith("# LlamaForCausalLM of model, decomposed")
+def test_heading_and_recipe_name_the_class_and_the_directory_of_a_checkpoint(texts: Path):
+    told = (texts / "run" / "report.md").read_text()
+
+    assert told.startswith("# LlamaForCausalLM of model, decomposed")
+    assert "\nmodel: LlamaForCausalLM of model\n" in told
+
+
+def test_the_recipe_tells_versions_and_every_flag_that_was_given(saved: Path):
+    main(["report", str(saved), *MODEL, *QUICK, "--input", "0", "--seed", "0"])
+
+    told = dict(line.split(": ", 1) for line in (saved / "report.md").read_text().splitlines() if ": " in line)
+    assert {"input 0", "seed 0", "steps 20", "no_progress True"} <= set(told["report"].split(", "))
+    assert not {"json False", "compare False", "title None"} & set(told["report"].split(", "))
+    assert told["weightdecomp"] == version("weightdecomp")
+    assert told["torch"] == torch.__version__
 
 
 def test_graphs_of_a_language_model_name_its_tokens(texts: Path):
@@ -183,8 +198,35 @@ def test_the_page_opens_alone_and_hostile_names_stay_text(window: Browser, pictu
         assert [one for one in window.requests if not one.startswith(("file:", "data:", "about:"))] == []
         assert window.run("document.title") != "1"
         assert window.run("document.querySelectorAll('img[onerror]').length") == 0
-        assert window.run("document.documentElement.scrollWidth <= innerWidth")
         assert page.stat().st_size < 2_000_000
+
+
+@needs_browser
+@pytest.mark.parametrize("width", [1400, 390, 320])
+def test_nothing_is_wider_than_the_window(width: int, window: Browser, pictures: Path, texts: Path):
+    window.ask("Emulation.setDeviceMetricsOverride", width=width, height=900, deviceScaleFactor=1, mobile=False)
+    wide = []
+    for page in (pictures, texts / "run" / "report.html"):
+        window.open(page)
+        window.run("document.querySelectorAll('details').forEach(e => e.open = true)")
+        # As of a real vocabulary, where tokens begin with spaces, and some are long.
+        window.run("document.querySelectorAll('code').forEach((e, i) => e.textContent = ' ' + 'w'.repeat(2 + i % 60))")
+        wide.append(window.run("document.documentElement.scrollWidth - innerWidth"))
+    window.ask("Emulation.clearDeviceMetricsOverride")
+
+    assert max(wide) <= 0
+
+
+@needs_browser
+@pytest.mark.parametrize(("scheme", "bright"), [("light", True), ("dark", False)])
+def test_plots_are_as_bright_as_the_page(scheme: str, bright: bool, window: Browser, pictures: Path, tmp_path: Path):
+    window.ask("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
+    window.open(pictures)
+    window.run("document.querySelector('figure').scrollIntoView()")
+
+    window.screenshot(tmp_path / "window.png")
+
+    assert (imread(tmp_path / "window.png")[..., :3].mean() > 0.5) == bright
 
 
 @needs_browser
@@ -199,7 +241,64 @@ def test_finding_leaves_the_cards_with_every_word(window: Browser, pictures: Pat
     assert all(one.startswith("layers.1 ") for one in shown)
     n = window.run("document.querySelectorAll('.card').length")
     assert window.text("#found") == f"{len(shown)} of {n} cards"
-    assert window.run("[...document.querySelectorAll('details.site')].map(e => e.open)") == [False, True, False]
+    assert window.run(_OPEN) == [False, True, False]
+
+
+@needs_browser
+def test_finding_a_number_leaves_the_components_of_that_number(window: Browser, pictures: Path):
+    window.open(pictures)
+    window.run("document.getElementById('find').focus()")
+
+    window.write("layers.1 7")
+
+    assert window.run("[...document.querySelectorAll('.card:not([hidden]) h4')].map(e => e.textContent)") == [
+        "layers.1 7"
+    ]
+
+
+@needs_browser
+def test_sites_are_as_they_were_when_a_search_ends(window: Browser, pictures: Path):
+    window.open(pictures)
+    window.run("document.querySelectorAll('details.site')[2].open = true")
+    before = window.run(_OPEN)
+    window.run("document.getElementById('find').focus()")
+
+    window.write("no such word")
+    during = window.run(_OPEN)
+    window.run("document.execCommand('selectAll')")
+    window.run("document.execCommand('delete')")
+
+    assert before == [True, False, True]
+    assert during == [False, False, False]
+    assert window.run(_OPEN) == before
+    assert window.run("document.querySelectorAll('.card[hidden]').length") == 0
+
+
+@needs_browser
+def test_a_link_shows_the_heading_of_a_card_that_is_higher_than_the_window(window: Browser, texts: Path):
+    window.open(texts / "run" / "report.html")
+    window.ask("Emulation.setDeviceMetricsOverride", width=1400, height=200, deviceScaleFactor=1, mobile=False)
+
+    window.run("document.querySelector('.circuits a').focus()")
+    window.press("Enter")
+    card, heading = (f"document.activeElement{place}" for place in ("", ".querySelector('h4')"))
+    higher = window.run(f"{card}.offsetHeight > innerHeight")
+    top, bottom = (window.run(f"{heading}.getBoundingClientRect().{end}") for end in ("top", "bottom"))
+    window.ask("Emulation.clearDeviceMetricsOverride")
+
+    assert higher
+    assert 0 <= top < bottom <= 200
+
+
+@needs_browser
+def test_the_contents_lead_to_their_sections(window: Browser, pictures: Path):
+    window.open(pictures)
+
+    window.run("document.querySelector('nav a:last-child').focus()")
+    window.press("Enter")
+
+    assert window.run("location.hash") == "#" + window.run("document.querySelector('section:last-of-type').id")
+    assert window.errors == []
 
 
 @needs_browser
@@ -225,6 +324,8 @@ def test_text_stands_out_in_light_and_dark(scheme: str, window: Browser, picture
     for selector in ("body", ".note", ".card", "a", "code", "pre", ".no, .yes"):
         assert window.run(_CONTRAST % json.dumps(selector)) >= 4.5, selector
 
+
+_OPEN = "[...document.querySelectorAll('details.site')].map(e => e.open)"
 
 # Contrast of WCAG 2: the text's colour on what lies under it, translucent layers mixed.
 _CONTRAST = """(() => {

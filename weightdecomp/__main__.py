@@ -30,10 +30,9 @@ from weightdecomp._given import (
     one_input,
 )
 from weightdecomp._loading import loaded_divergence
-from weightdecomp._pretrained import Pretrained
 from weightdecomp._processes import Processes, ProcessLost, job
 from weightdecomp._progress import shown
-from weightdecomp._storage import check_vacant
+from weightdecomp._storage import check_vacant, exists
 from weightdecomp._verification import Verification
 
 # What a user's own mistakes raise; anything else is a defect of ours and keeps its traceback.
@@ -157,7 +156,7 @@ def _add_report(parser: argparse.ArgumentParser) -> None:
 
 
 def _decompose(given: argparse.Namespace, group: dist.ProcessGroup | None = None) -> int:
-    check_vacant(given.out, "decomposition")
+    _check_out(given)
     model, batches = model_and_batches(given)
     decomposition = decompose(
         model,
@@ -178,6 +177,18 @@ def _decompose(given: argparse.Namespace, group: dist.ProcessGroup | None = None
     document = {"out": str(given.out), "seed": given.seed, **_document(decomposition)}
     _say(given, document, f"{decomposition}\nsaved        {given.out}")
     return 0 if decomposition.converged else _UNMET
+
+
+def _check_out(given: argparse.Namespace) -> None:
+    """Check that saving replaces nothing, or what the same run saved before: a checkpoint refuses any other run.
+
+    Raises:
+        ValueError: If it would.
+    """
+    check_vacant(given.out, "decomposition")
+    resumes = given.checkpoint is not None and exists(given.checkpoint, "checkpoint")
+    if exists(given.out, "decomposition") and not resumes:
+        raise ValueError(f"'{given.out}' already holds a decomposition; give another --out, or delete it first")
 
 
 def _verify(given: argparse.Namespace) -> int:
@@ -230,7 +241,7 @@ def _report(given: argparse.Namespace) -> int:
     batches = decomposition.read(inputs)
     images, names = given_images(given, batches), given_vocabulary(given, model, batches)
     report = _report.Report(
-        given.title or f"{model.title if isinstance(model, Pretrained) else type(model).__name__}, decomposed",
+        given.title or f"{_report.model_name(model)}, decomposed",
         decomposition,
         _verified(given, decomposition, batches, given.steps),
         batches,

@@ -88,7 +88,7 @@ def _card(card: Card, how: Setting) -> str:
     rank = f" · rank {len(one.left)}" if len(one.left) > 1 else ""
     arms = "".join(_arm(arm, how) for arm in card.arms) or "<p class=note>open on none of these inputs</p>"
     return (
-        f'<article class=card id="{anchor(how, one.site, one.index)}" tabindex=0>'
+        f'<article class=card id="{anchor(how, one.site, one.index)}" data-number={one.index} tabindex=0>'
         f"<h4>{escape(one.site or '(model)')} {one.index}</h4><p class=note>{facts}{rank}</p>"
         f"<div class=pair>{_direction('reads', card.reads, card, how)}{_direction('writes', card.writes, card, how)}"
         f"</div>{arms}</article>"
@@ -102,7 +102,7 @@ def _direction(what: str, direction: Tensor, card: Card, how: Setting) -> str:
         limit = float(direction.abs().max())
         picture = _png(direction.reshape(how.images.side, -1), "RdBu_r", -limit, limit)
         return f'<div><b>reads</b><br><img class=pixels src="{picture}" alt="weights by pixel, red positive"></div>'
-    largest = " ".join(f"<span class=nowrap>{i}: {value:+.2g}</span>" for i, value in top(direction))
+    largest = " ".join(f"<span class=chip>{i}: {value:+.2g}</span>" for i, value in top(direction))
     return f"<div><b>{what}</b> <span class=note>{largest}</span></div>"
 
 
@@ -168,7 +168,7 @@ def _effects(arm: Arm, how: Setting) -> str:
 
 def _chip(index: int, change: float, how: Setting) -> str:
     name = str(index) if how.names is None else how.names.get(index, str(index))
-    return f"<span class=nowrap><code>{escape(name)}</code> <span class=note>{change:+.2g}</span></span>"
+    return f"<span class=chip><code>{escape(name)}</code> <span class=note>{change:+.2g}</span></span>"
 
 
 def _png(values: Tensor, colours: str, low: float, high: float) -> str:

@@ -30,7 +30,7 @@ def listed(decomposition: Decomposition, link: Link) -> str:
     )
     head = "<tr><th></th><th>members</th><th>active on</th><th>bits per input</th></tr>"
     note = f"{min(_LISTED, len(live))} of {len(live)} live circuits, most frequent first, on the run's own inputs."
-    return f"<div class=scroll><table class=circuits>{head}{rows}</table></div><p class=note>{note}</p>"
+    return f"<div class=scroll><table class=circuits>{head}{rows}</table></div><p class=note>{note} {_PLAIN}</p>"
 
 
 def by_class(decomposition: Decomposition, images: Images, link: Link) -> str:
@@ -45,7 +45,7 @@ def by_class(decomposition: Decomposition, images: Images, link: Link) -> str:
         rows = "".join(_circuit(i, decomposition.circuits[i], active[i], images, link) for i in chosen)
         top = f"<tr><th></th><th>members</th><th>all</th>{head}</tr>"
         tables.append(f"<h3>{name}</h3><div class=scroll><table class=circuits>{top}{rows}</table></div>")
-    return "".join(tables) + f"<p class=note>{_CIRCUITS}</p>"
+    return "".join(tables) + f"<p class=note>{_CIRCUITS} {_PLAIN}</p>"
 
 
 def _told_about_class(on: Bool[Tensor, " image"], images: Images) -> float:
@@ -77,3 +77,4 @@ _CIRCUITS = (
     "Numbers: per cent of these images on which any member is active; first all images, then by class. "
     "Members are named as site: component numbers."
 )
+_PLAIN = "Members without a link have no card."

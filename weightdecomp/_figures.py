@@ -2,6 +2,7 @@
 
 import base64
 import io
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -19,6 +20,7 @@ _BLUE, _ORANGE, _GREY, _RED = "#0072b2", "#d55e00", "#767676", "#b2182b"
 _MARKERS = "sD^vP*"
 _COMPONENTS = 6  # in the picture of directions
 _ACROSS, _DOWN = 4, 2  # images shown for either arm of a component
+_ROOM = 0.12  # of the axis of a curve, for the label of a point
 
 
 class Images(NamedTuple):
@@ -106,8 +108,9 @@ def _draw_ladder(axes: Any, found: Ladder, name: str, line: str, face: str) -> N
 
 def curve(points: Sequence[Point], verification: Verification) -> Any:
     """Damage against the mean number active, all thresholds scaled together; nulls at their own number active."""
-    figure = _canvas(8.4, 4.2)
+    figure = _canvas(8.4, 4.4)
     axes = figure.add_subplot()
+    points = [point for point in points if point.active > 0]  # nothing has no place on a logarithmic axis
     active = [point.active for point in points]
     kinds = (
         ("worst found", "adversarial", "o-"),
@@ -116,21 +119,43 @@ def curve(points: Sequence[Point], verification: Verification) -> Any:
     )
     for name, kind, line in kinds:
         axes.plot(active, [getattr(point, kind).damage for point in points], line, color=_BLUE, label=name)
-    for point in points:
-        place = (point.active, point.adversarial.damage)
-        axes.annotate(f"x {point.factor:g}", place, (0, 6), textcoords="offset points", ha="center", fontsize=8)
     nulls = [one for one in verification.nulls if one.adversarial]
     for marker, one in zip(_MARKERS, nulls, strict=False):
         damage = one.adversarial.damage if one.adversarial else 0.0
         axes.plot([one.active], [damage], marker, color=_ORANGE, ls="none", label=f"null: {one.name}, attacked")
     axes.axhline(verification.tolerance, color=_RED, lw=1.5, ls=":", label=f"tolerance ({verification.tolerance:g})")
     axes.set(xscale="log", yscale="log", xlabel="active components, mean row (log scale)", ylabel="damage (log scale)")
-    axes.set_xticks(active, [f"{one:.3g}" for one in active])
-    axes.xaxis.set_minor_locator(_nothing())
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
     axes.grid(color="#e4e4e4")
+    _label(axes, points)
     figure.legend(loc="outside right center", frameon=False)
     return figure
+
+
+def _label(axes: Any, points: Sequence[Point]) -> None:
+    """Tell points of a curve by their number active, below the axes, and what thresholds are multiplied by, above."""
+    # Inside the axes, markers of nulls would hide the decomposition's own label.
+    above = axes.secondary_xaxis("top", xlabel="thresholds")
+    told = _apart(points, *axes.get_xlim())
+    labels = [_count(point.active) for point in told], [f"x {point.factor:g}" for point in told]
+    for axis, own in zip((axes, above), labels, strict=True):
+        axis.set_xticks([point.active for point in told], own, fontsize=9)
+        axis.xaxis.set_minor_locator(_nothing())
+
+
+def _apart(points: Sequence[Point], low: float, high: float) -> list[Point]:
+    """Points with room for labels on a logarithmic axis: the decomposition itself, then those furthest from it."""
+    furthest = sorted(points, key=lambda point: -abs(math.log(point.factor)))
+    found: list[Point] = []
+    least = _ROOM * math.log(high / low)
+    for point in furthest[-1:] + furthest[:-1]:
+        if all(abs(math.log(point.active / one.active)) > least for one in found):
+            found.append(point)
+    return found
+
+
+def _count(active: float) -> str:
+    return f"{active:,.0f}" if active >= 100 else f"{active:.3g}"
 
 
 def _steps(found: Figure) -> int:

@@ -172,9 +172,9 @@ _DIRECTIONS = (
 )
 _RESOURCES = ("report.css", "report.js")
 _CURVE = (
-    "All thresholds of the gates multiplied by one number (x 1 is the decomposition itself), on at most 256 inputs. "
-    "To the left fewer components are active, and ablating the others does more damage. Worst found: 20 attack steps, "
-    "3 restarts, one ablation for all inputs. Nulls are attacked with the budget of the table below."
+    "All thresholds of the gates multiplied by one number, told above (x 1 is the decomposition itself), on at most "
+    "256 inputs. To the left fewer components are active, and ablating the others does more damage. Worst found: 20 "
+    "attack steps, 3 restarts, one ablation for all inputs. Nulls are attacked with the budget of the table below."
 )
 _CARDS = (
     "On at most 512 of the inputs. Arms: the two sides of a gate, with the inputs that open them furthest. Promotes, "

@@ -1,10 +1,12 @@
 """The report on a decomposition: what it finds, as text and as Markdown."""
 
 from collections.abc import Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
+from torch import nn
 
 from weightdecomp._batches import Batch, digest, size
 from weightdecomp._comparison import Comparison
@@ -128,12 +130,18 @@ def markdown(report: Report) -> str:
     return "\n".join([f"# {title}\n", *warned, *said, *tables, "\nPictures: `report.html`.\n"])
 
 
+def model_name(model: nn.Module) -> str:
+    """The class of a model, and where it comes from if it was loaded from a directory."""
+    return model.title if isinstance(model, Pretrained) else type(model).__name__
+
+
 def recipe(decomposition: Decomposition, batches: Sequence[Batch], words: Mapping[str, Any]) -> dict[str, str]:
     """How a report was made; `words` are the command's flags by name."""
-    flags = {name: value for name, value in words.items() if name != "verb" and value not in (None, False)}
+    # By identity: 0 == False, and a flag of 0 is a choice.
+    flags = {name: value for name, value in words.items() if name != "verb" and not (value is None or value is False)}
     config = ", ".join(f"{name} {value}" for name, value in decomposition.config.to_dict().items())
     return {
-        "model": type(decomposition.target).__name__,
+        "model": model_name(decomposition.target),
         "weights": f"sha256 {tensor_digest(decomposition.target.state_dict())}",
         "sites": ", ".join(site.path or "(model)" for site in decomposition.sites),
         "divergence": f"{decomposition.divergence.name} ({decomposition.divergence.reason})",
@@ -141,5 +149,13 @@ def recipe(decomposition: Decomposition, batches: Sequence[Batch], words: Mappin
         "run": config,
         "inputs of this report": f"{sum(map(size, batches)):,}, sha256 {digest(batches)}",
         "report": ", ".join(f"{name} {value}" for name, value in flags.items()),
+        "weightdecomp": _version(),
         "torch": torch.__version__,
     }
+
+
+def _version() -> str:
+    try:
+        return version("weightdecomp")
+    except PackageNotFoundError:  # run from its folder, without being installed
+        return "not installed"
