@@ -221,6 +221,10 @@ MISTAKES = {
     "unknown divergence": (["--divergence", "kld"], "divergence must be 'auto', 'mse', 'kl'"),
     "out is taken": (["--out", "."], "is not empty and holds no decomposition"),
     "out is a file": (["--out", "toy.py"], "it is a file, expected a directory"),
+    "out is under a file": (["--out", "toy.py/out"], "cannot save to 'toy.py/out': "),
+    "checkpoint is under a file": (["--checkpoint", "toy.py/run"], "cannot save to 'toy.py/run': "),
+    "checkpoint is out": (["--checkpoint", "out"], "--checkpoint 'out' lies in --out 'out'; give another folder"),
+    "checkpoint lies in out": (["--checkpoint", "out/run"], "--checkpoint 'out/run' lies in --out 'out'"),
 }
 
 

@@ -116,9 +116,14 @@ def test_a_comparison_is_made_where_it_is_asked_for(saved: Path, monkeypatch: py
         (["--labels", "tests.test_report_command:few_digits", "--side", "2"], "expected"),
         (["--vocabulary", "x.json"], "--vocabulary: the inputs are no token ids"),
         (["--input", "12"], "there is no input 12"),
+        (["--out", f"{__file__}/report"], f"'{__file__}' is a file, expected a directory"),
     ],
 )
-def test_mistakes_are_named(words: list[str], message: str, saved: Path, capsys: pytest.CaptureFixture[str]):
+def test_mistakes_are_named_before_any_attack(
+    words: list[str], message: str, saved: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setattr("weightdecomp.__main__._verified", lambda *_: pytest.fail("it attacked"))
+
     code = main(["report", str(saved), *MODEL, *QUICK, *words])
 
     assert code == 2

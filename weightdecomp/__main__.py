@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 
 from weightdecomp import Config, Decomposition, NumericalWarning, decompose, load
+from weightdecomp._batches import Batch
 from weightdecomp._given import (
     add_model,
     add_vocabulary,
@@ -32,7 +33,7 @@ from weightdecomp._given import (
 from weightdecomp._loading import loaded_divergence
 from weightdecomp._processes import Processes, ProcessLost, job
 from weightdecomp._progress import shown
-from weightdecomp._storage import check_vacant, exists
+from weightdecomp._storage import check_vacant, check_writable, exists
 from weightdecomp._verification import Verification
 
 # What a user's own mistakes raise; anything else is a defect of ours and keeps its traceback.
@@ -183,9 +184,13 @@ def _check_out(given: argparse.Namespace) -> None:
     """Check that saving replaces nothing, or what the same run saved before: a checkpoint refuses any other run.
 
     Raises:
-        ValueError: If it would.
+        ValueError: If it would, or if what the run makes cannot be written.
     """
     check_vacant(given.out, "decomposition")
+    if given.checkpoint is not None:
+        check_writable(given.checkpoint)
+        if given.out.absolute() in (given.checkpoint.absolute(), *given.checkpoint.absolute().parents):
+            raise ValueError(f"--checkpoint '{given.checkpoint}' lies in --out '{given.out}'; give another folder")
     resumes = given.checkpoint is not None and exists(given.checkpoint, "checkpoint")
     if exists(given.out, "decomposition") and not resumes:
         raise ValueError(f"'{given.out}' already holds a decomposition; give another --out, or delete it first")
@@ -234,11 +239,14 @@ def _report(given: argparse.Namespace) -> int:
     from weightdecomp import _figures, _page, _report, compare
     from weightdecomp._curve import curve
 
+    out = given.directory if given.out is None else given.out
+    check_writable(out)
     _figures.check_plotting()
     model, inputs = model_and_batches(given)
     function = loaded_divergence(given.divergence) if given.divergence else None
     decomposition = load(given.directory, model, function if callable(function) else None)
     batches = decomposition.read(inputs)
+    one = None if given.input is None else one_input(batches, given.input)
     images, names = given_images(given, batches), given_vocabulary(given, model, batches)
     report = _report.Report(
         given.title or f"{_report.model_name(model)}, decomposed",
@@ -250,11 +258,10 @@ def _report(given: argparse.Namespace) -> int:
         curve=curve(decomposition, batches, seed=given.seed),
         recipe=_report.recipe(decomposition, batches, vars(given)),
     )
-    report = report._replace(graphs=_report_graphs(given, report))
+    report = report._replace(graphs=_report_graphs(given, report, one))
     if given.compare:
         found = compare(decomposition, batches, _rivals(), tune=False, progress=not given.no_progress)
         report = report._replace(comparison=found)
-    out = given.directory if given.out is None else given.out
     out.mkdir(parents=True, exist_ok=True)
     page = _page.write(report, out)
     document = {"report": str(page), "verification": report.verification.to_dict()}
@@ -262,13 +269,13 @@ def _report(given: argparse.Namespace) -> int:
     return 0 if report.verification.converged else _UNMET
 
 
-def _report_graphs(given: argparse.Namespace, report: Any) -> dict[str, str]:
+def _report_graphs(given: argparse.Namespace, report: Any, one: Batch | None) -> dict[str, str]:
     """Pages of the circuit graph of the inputs, and of one input where it is asked for."""
     import graphs
 
     chosen = {"Circuit graph": list(report.batches)}
-    if given.input is not None:
-        chosen[f"Circuit graph of input {given.input}"] = [one_input(report.batches, given.input)]
+    if one is not None:
+        chosen[f"Circuit graph of input {given.input}"] = [one]
     titles = {"input_titles": report.vocabulary, "output_titles": report.output_names}
     found = {}
     for name, batches in chosen.items():

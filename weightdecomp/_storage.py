@@ -105,15 +105,28 @@ def exists(directory: Path, kind: str) -> bool:
     return _manifest(directory, kind).exists()
 
 
+def check_writable(directory: Path) -> None:
+    """Check that files can be written to a directory, or that it can be made.
+
+    Raises:
+        ValueError: If it, or the nearest of its parents that is there, is a file or may not be written to.
+    """
+    nearest = next(path for path in (directory, *directory.absolute().parents) if path.exists())
+    what = "it" if nearest == directory else f"'{nearest}'"
+    if not nearest.is_dir():
+        raise ValueError(f"cannot save to '{directory}': {what} is a file, expected a directory")
+    if not os.access(nearest, os.W_OK):
+        raise ValueError(f"cannot save to '{directory}': {what} may not be written to; give another directory")
+
+
 def check_vacant(directory: Path, kind: str) -> None:
     """Check that `write` would not refuse the directory, which long runs want to know before they start.
 
     Raises:
-        ValueError: If it is a file, or is not empty and holds no readable artefact of that kind.
+        ValueError: If it cannot be written to, or is not empty and holds no readable artefact of that kind.
     """
     assert kind.isidentifier(), kind
-    if directory.exists() and not directory.is_dir():
-        raise ValueError(f"cannot save to '{directory}': it is a file, expected a directory")
+    check_writable(directory)
     if exists(directory, kind):
         try:
             _content(directory, kind)
