@@ -78,6 +78,34 @@ def test_a_model_without_norms_is_refused():
         wd.fold_norms(mlp(), drawn(8, 5).float())
 
 
+@pytest.mark.parametrize(
+    "model, batch, error, message",
+    [
+        (normed(nn.LayerNorm(4)), "text", TypeError, "batch must be a tensor, a tuple or a dict of them, got str"),
+        (normed(nn.LayerNorm(4)), drawn(3, 4)[:0], ValueError, "batch holds no inputs"),
+        (normed(nn.LayerNorm(4)), [drawn(3, 4)] * 2, ValueError, "the model fails on the first batch: .* as the model"),
+        (normed(nn.LayerNorm(4)), drawn(3, 5), ValueError, "the model fails on the first batch"),
+        (normed(nn.LayerNorm(4)), drawn(3, 4).log(), ValueError, "batch contains NaN"),
+        (nn.Sequential(nn.LayerNorm(4), nn.Dropout(), nn.Linear(4, 4)), drawn(3, 4), ValueError, "training mode"),
+    ],
+    ids=["text", "no inputs", "a list of batches", "another width", "NaN", "training mode"],
+)
+def test_what_decompose_refuses_is_refused_before_anything_is_folded(
+    model: Any, batch: Any, error: type[Exception], message: str
+):
+    with pytest.raises(error, match=message):
+        wd.fold_norms(model, batch)
+
+
+def test_weights_that_are_not_finite_are_refused_by_name():
+    model = normed(nn.LayerNorm(4))
+    with torch.no_grad():
+        model.get_parameter("down.weight")[1, 1] = torch.nan
+
+    with pytest.raises(ValueError, match="parameter 'down.weight' contains NaN or infinity"):
+        wd.fold_norms(model, drawn(3, 4))
+
+
 def test_folding_leaves_no_hook_behind():
     model = normed(nn.LayerNorm(4))
 

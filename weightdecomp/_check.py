@@ -19,6 +19,9 @@ _STOCHASTIC = (
     parametrizations._SpectralNorm,
 )
 
+# What a model raises on inputs that it was not made for.
+_FAILURES = (RuntimeError, TypeError, ValueError, LookupError, AttributeError, AssertionError)
+
 
 def check_tolerance(tolerance: float) -> None:
     """Refuse a tolerance outside (0, 1)."""
@@ -104,7 +107,7 @@ def check_model(model: nn.Module, batch: Batch) -> Any:
 def _called(model: nn.Module, batch: Batch, what: str, fix: str) -> Any:
     try:
         return call(model, batch)
-    except (RuntimeError, TypeError, ValueError, IndexError, AssertionError) as error:
+    except _FAILURES as error:
         ids = _integers(batch) if isinstance(error, IndexError) else ""
         raise ValueError(f"{what}: {error}{ids}; {fix}") from error
 

@@ -8,7 +8,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from weightdecomp._batches import Batch, call
+from weightdecomp._batches import Batch, call, checked_batch
+from weightdecomp._check import check_model, check_module
 from weightdecomp._divergence import output_tensor
 from weightdecomp._split import matrix, sharing_copy
 
@@ -80,8 +81,13 @@ def fold_norms(model: nn.Module, batch: Batch) -> nn.Module:
         batch: One batch, to see what reads what.
 
     Raises:
-        ValueError: If there is no norm that can be folded, or the copy's output differs by more than rounding.
+        ValueError: If `decompose` would refuse the model or the batch, there is no norm that can be folded, or the
+            copy's output differs by more than rounding.
+        TypeError: For what is no module, or no batch.
     """
+    check_module(model)
+    batch = checked_batch(batch, model, "batch")
+    check_model(model, batch)
     twin = sharing_copy(model)
     modules = dict(twin.named_modules())
     affine = {path: found for path, module in modules.items() if (found := _affine(module)) is not None}

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from weightdecomp._batches import Batch, joined, select, size, tensors
+from weightdecomp._batches import Batch, joined, read_batches, select, size, tensors
 from weightdecomp._figures import Images
 from weightdecomp._fold import fold_norms
 from weightdecomp._loading import loaded_batches, loaded_labels, loaded_model
@@ -57,7 +57,7 @@ def model_and_batches(given: argparse.Namespace) -> tuple[nn.Module, Iterable[Ba
     if given.split is not None:
         model = split(model, _rows(given.split))
     if given.fold_norms:
-        batches = list(batches)
+        batches = read_batches(batches, model)
         model = fold_norms(model, batches[0])
     return model, batches
 
