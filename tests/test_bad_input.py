@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import weightdecomp as wd
 from tests.models import QUICK, Calls, drawn, ids, mlp, seeded, sparse
 from weightdecomp import _checkpoint, _storage
-from weightdecomp._check import check_module
+from weightdecomp._check import check_module, unreadable_named
 
 X = drawn(8, 5).float()
 
@@ -71,6 +71,48 @@ def test_floats_where_token_ids_are_due_are_refused():
 def test_token_ids_beyond_the_vocabulary_are_refused():
     with pytest.raises(ValueError, match="index out of range .*vocabulary. the integers in it go from 0 to 8"):
         decompose(seeded(nn.Embedding(7, 4)), [ids(9, 8, 5)])
+
+
+def _reader(m: Calls, x: Tensor, mask: Tensor | None = None) -> Tensor:
+    return m.read(m.table(x.reshape(-1, 5))) if mask is None else m.read(m.table(x)) * mask[..., None]
+
+
+@pytest.mark.parametrize(
+    "batches, message",
+    [
+        (
+            [ids(7, 8, 5), ids(9, 8, 5)],
+            r"batches\[1\] holds ids from 0 to 8, but the embedding 'table' has .* 0 to 6",
+        ),
+        ([ids(7, 8, 5), ids(7, 3, 5) - 1], r"batches\[1\] holds ids from -1 to 5, but the embedding 'table'"),
+        ([{"x": ids(7, 8, 5)}, {"x": ids(9, 8, 5)}], r"batches\[1\] holds ids from 0 to 8, but the embedding 'table'"),
+        ([ids(7, 8, 5), ids(7, 99, 4)], r"the model fails on batches\[1\]: .*; pass batches as the model takes them"),
+        ([(ids(7, 8, 5), torch.ones(8, 5)), (ids(7, 99, 5), "x")], r"the model fails on batches\[1\]: .*str"),
+    ],
+    ids=["beyond", "negative", "by name", "another length", "no tensor"],
+)
+def test_a_later_batch_that_the_model_cannot_read_is_named(batches: list[Any], message: str):
+    model = seeded(Calls(_reader, table=nn.Embedding(7, 4), read=nn.Linear(4, 3)))
+
+    with pytest.raises(ValueError, match=message):
+        decompose(model, batches)
+
+
+def test_a_batch_with_a_part_that_has_not_what_the_model_asks_for_is_refused():
+    with pytest.raises(ValueError, match="the model fails on the first batch: .*str.* has no attribute 'sum'"):
+        decompose(Calls(lambda m, x, y: x * y.sum()).eval(), [(X, "x")])
+
+
+def test_what_fails_for_another_reason_is_raised_as_it_is():
+    with pytest.raises(RuntimeError, match="not the model's"), unreadable_named(mlp(), [X]):
+        raise RuntimeError("not the model's")
+
+
+def test_a_batch_that_cannot_be_verified_is_named(decomposed: wd.Decomposition):
+    x = drawn(4, 9).float()
+
+    with pytest.raises(ValueError, match=r"the model fails on batches\[0\]: .*shapes cannot be multiplied"):
+        decomposed.verify([x], steps=1)
 
 
 def test_a_single_unbatched_input_is_told_apart_from_a_batch():

@@ -214,9 +214,9 @@ def _graph(given: argparse.Namespace) -> int:
     for path in given.out:
         graphs.check_path(path)
     model, inputs = model_and_batches(given)
-    batches = list(inputs)
     function = loaded_divergence(given.divergence) if given.divergence else None
     decomposition = load(given.directory, model, function if callable(function) else None)
+    batches = decomposition.read(inputs)
     chosen = batches if given.input is None else [one_input(batches, given.input)]
     names = given_vocabulary(given, model, batches)
     graph = graphs.circuit_graph(

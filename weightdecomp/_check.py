@@ -1,13 +1,15 @@
 """Checks of what the user passes, before any work is done."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
-from weightdecomp._batches import Batch, call, read_batches, select, tensors
+from weightdecomp._batches import Batch, call, named_parts, read_batches, select, tensors
 from weightdecomp._divergence import Divergence, choose, output_tensor
 from weightdecomp._pretrained import Pretrained
 
@@ -19,6 +21,10 @@ _STOCHASTIC = (
     parametrizations._SpectralNorm,
 )
 
+_AS_TAKEN = (
+    "pass batches as the model takes them (a tensor, a tuple of positional arguments, or a dict of keyword arguments, "
+    "with its dtypes)"
+)
 # What a model raises on inputs that it was not made for.
 _FAILURES = (RuntimeError, TypeError, ValueError, LookupError, AttributeError, AssertionError)
 
@@ -45,6 +51,7 @@ def checked(
     check_tolerance(tolerance)
     kept = read_batches(batches, model)
     output = check_model(model, kept[0])
+    _check_ids(model, kept)
     return kept, choose(divergence, output, scores_ids(model, kept[0]))
 
 
@@ -79,8 +86,7 @@ def check_model(model: nn.Module, batch: Batch) -> Any:
             model,
             batch,
             "the model fails on the first batch",
-            "pass batches as the model takes them (a tensor, a tuple of positional arguments, or a dict of keyword "
-            "arguments, with its dtypes)",
+            _AS_TAKEN,
         )
         first, second = output_tensor(output), output_tensor(call(model, batch))
         _called(
@@ -102,6 +108,69 @@ def check_model(model: nn.Module, batch: Batch) -> Any:
             "call model.eval() and remove sampling or state from forward"
         )
     return output
+
+
+def _check_ids(model: nn.Module, batches: Sequence[Batch]) -> None:
+    """Refuse ids that an embedding has no row for, in whichever batch, at the cost of one input's forward pass."""
+    tables = _tables(model, select(batches[0], torch.arange(1, device=tensors(batches[0])[0].device)))
+    for index, batch in enumerate(batches):
+        for name, x in named_parts(batch):
+            if name not in tables or not isinstance(x, Tensor) or not x.numel():
+                continue
+            path, rows = tables[name]
+            least, largest = int(x.min()), int(x.max())
+            if least < 0 or largest >= rows:
+                raise ValueError(
+                    f"batches[{index}] holds ids from {least} to {largest}, but the embedding {path!r} has rows for 0 "
+                    f"to {rows - 1}; the data and the model must belong together"
+                )
+
+
+def _tables(model: nn.Module, batch: Batch) -> dict[str, tuple[str, int]]:
+    """For parts of a batch that an embedding reads as they came, the smallest such embedding and its rows."""
+    ids = [(name, x) for name, x in named_parts(batch) if isinstance(x, Tensor) and not x.is_floating_point()]
+    found: dict[str, tuple[str, int]] = {}
+
+    def note(path: str, table: Any, args: tuple) -> None:
+        for name, x in ids:
+            # A view of all of it, as transformers make, is the part too.
+            same = args and x.data_ptr() == args[0].data_ptr() and x.numel() == args[0].numel()
+            if same and (name not in found or table.num_embeddings < found[name][1]):
+                found[name] = (path, table.num_embeddings)
+
+    handles = [
+        module.register_forward_pre_hook(partial(note, path))
+        for path, module in model.named_modules()
+        if ids and isinstance(module, nn.Embedding)
+    ]
+    try:
+        if handles:
+            with torch.no_grad():
+                call(model, batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found
+
+
+@contextmanager
+def unreadable_named(model: nn.Module, batches: Sequence[Batch]) -> Iterator[None]:
+    """Name the batch that the model fails on by itself, where that is why something fails.
+
+    Batches are first run at different times; they are all run here only once something has failed.
+
+    Raises:
+        ValueError: Instead of what the model raises.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError:  # of which the size of a step is to blame, and which running batches would repeat
+        raise
+    except _FAILURES:
+        for index, batch in enumerate(batches):
+            with torch.no_grad():
+                _called(model, batch, f"the model fails on batches[{index}]", _AS_TAKEN)
+        raise
 
 
 def _called(model: nn.Module, batch: Batch, what: str, fix: str) -> Any:
