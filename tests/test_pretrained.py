@@ -269,6 +269,26 @@ def test_token_ids_that_the_model_cannot_read_are_refused(llama: Path, batch: An
         decompose(load_hf(llama), [batch])
 
 
+def test_a_context_ends_where_positions_that_begin_after_padding_do(tmp_path: Path):
+    original = saved("roberta", tmp_path)
+
+    model = load_hf(tmp_path)
+
+    assert model.context == 30
+    assert original(ids(59, 2, 30) + 2).last_hidden_state.isfinite().all()
+    with pytest.raises((IndexError, RuntimeError)):
+        original(ids(59, 2, 31) + 2)
+    with pytest.raises(ValueError, match=r"batches\[0\] have 31 tokens, but the model reads at most 30"):
+        decompose(model, [ids(59, 2, 31) + 2])
+
+
+def test_a_composite_configuration_says_of_its_text_what_a_plain_one_says(llama: Path):
+    model = load_hf(llama)
+    model.inner.config = type("Composite", (), {"get_text_config": lambda self, own=model.config: own})()
+
+    assert (model.context, model.start) == (32, 1)
+
+
 def test_loading_says_nothing_and_draws_no_random_numbers(llama: Path, capsys: pytest.CaptureFixture[str]):
     before = torch.random.get_rng_state()
 
