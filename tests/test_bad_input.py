@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import weightdecomp as wd
 from tests.models import QUICK, Calls, drawn, ids, mlp, seeded, sparse
 from weightdecomp import _checkpoint, _storage
-from weightdecomp._check import check_module, unreadable_named
+from weightdecomp._check import check_module, check_seed, unreadable_named
 
 X = drawn(8, 5).float()
 
@@ -118,6 +118,26 @@ def test_a_batch_that_cannot_be_verified_is_named(decomposed: wd.Decomposition):
 def test_a_single_unbatched_input_is_told_apart_from_a_batch():
     with pytest.raises(ValueError, match="fails on the first input of the first batch alone: .* must count inputs"):
         decompose(seeded(nn.Conv1d(2, 3, 3)), [drawn(2, 6).float()])
+
+
+@pytest.mark.parametrize(
+    "seed, error, message",
+    [
+        (1.5, TypeError, "seed must be a whole number, got 1.5"),
+        (None, TypeError, "seed must be a whole number, got None"),
+        ("a", TypeError, "seed must be a whole number, got 'a'"),
+        (10**25, ValueError, r"seed must be from -2\^63 to 2\^64 - 1, got 1000"),
+    ],
+)
+def test_a_seed_that_torch_does_not_take_is_refused(seed: object, error: type[Exception], message: str):
+    with pytest.raises(error, match=message):
+        check_seed(seed)
+
+
+@pytest.mark.parametrize("seed", [-1, 2**64 - 1])
+def test_a_seed_that_torch_takes_is_fine(seed: int):
+    check_seed(seed)
+    torch.Generator().manual_seed(seed)
 
 
 @pytest.mark.parametrize("tolerance", [0.0, 1.0, -0.1, 3.0, math.nan])

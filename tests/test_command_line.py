@@ -245,6 +245,7 @@ MISTAKES = {
     "tolerance": (["--tolerance", "2"], "tolerance must be between 0 and 1"),
     "steps": (["--steps", "-1"], "steps must be at least 0"),
     "seed": (["--seed", "-1"], "expected a number from 0 to 2^32 - 1"),
+    "seed of a sample": (["--sample-seed", str(10**25)], "--sample-seed: expected a number from 0 to 2^32 - 1"),
     "tolerance in words": (["--tolerance", "little"], "invalid float value"),
     "unknown divergence": (["--divergence", "kld"], "divergence must be 'auto', 'mse', 'kl'"),
     "out is taken": (["--out", "."], "is not empty and holds no decomposition"),

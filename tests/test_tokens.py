@@ -283,6 +283,58 @@ def test_what_cannot_be_sampled_is_refused(model: wd.Pretrained, tmp_path: Path)
         wd.sampled_batches(model, 2, length=4, start=61)
 
 
+def test_weights_that_are_not_finite_are_named_before_anything_is_sampled(directory: Path):
+    model = wd.load_hf(directory)
+    with torch.no_grad():
+        model.get_parameter("model.norm.weight")[3] = torch.nan
+
+    with pytest.raises(ValueError, match="parameter 'model.norm.weight' contains NaN or infinity"):
+        wd.sampled_batches(model, 2, length=4)
+
+
+@pytest.mark.parametrize(
+    "own, message",
+    [
+        (nn.Linear(2, 2), "the model fails on the first token of a sequence: .*; sampling takes a module that maps"),
+        (
+            Calls(lambda m, x: m.t(x)[:, 0], t=nn.Embedding(3, 3)),
+            r"has shape \(1, 3\), expected logits \(1, 1, token\)",
+        ),
+        (
+            Calls(lambda m, x: m.t(x) / 0, t=nn.Embedding(3, 3)),
+            "on what it wrote contains NaN or infinity; load it",
+        ),
+    ],
+    ids=["no ids", "one answer a text", "not finite"],
+)
+def test_a_module_that_gives_no_logits_is_refused(own: nn.Module, message: str):
+    with pytest.raises(ValueError, match=message):
+        wd.sampled_batches(own, 2, length=4, start=1)
+
+
+def test_a_model_of_transformers_itself_can_be_sampled(model: wd.Pretrained):
+    found = wd.sampled_batches(model.inner, 3, length=4, start=1)
+
+    assert_close(found, wd.sampled_batches(model, 3, length=4), rtol=0, atol=0)
+
+
+def test_a_model_of_pictures_takes_no_text(text: Path, tmp_path: Path):
+    saved("vit", tmp_path / "vit")
+    vit = wd.load_hf(tmp_path / "vit")
+    np.save(tmp_path / "ids.npy", np.ones((2, 3), int))
+
+    ways = (
+        lambda: wd.token_batches(vit, tmp_path / "ids.npy"),
+        lambda: wd.text_batches(vit, text),
+        lambda: wd.sampled_batches(vit, 2),
+    )
+    for read in ways:
+        with pytest.raises(
+            ValueError, match="a ViTForImageClassification reads pixel_values, not token ids; .* --data"
+        ):
+            read()
+
+
 @pytest.mark.data
 def test_a_trained_model_writes_what_it_finds_likely(shared_data: Path):
     trained = wd.load_hf(shared_data / "stories260k")

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -35,6 +36,21 @@ def check_tolerance(tolerance: float) -> None:
         raise ValueError(
             f"tolerance must be between 0 and 1 (a share of the damage of ablating everything), got {tolerance!r}"
         )
+
+
+def check_seed(seed: object) -> None:
+    """Refuse a seed that torch does not take."""
+    if not isinstance(seed, Integral):
+        raise TypeError(f"seed must be a whole number, got {seed!r}")
+    if not -(2**63) <= int(seed) < 2**64:
+        raise ValueError(f"seed must be from -2^63 to 2^64 - 1, got {seed}")
+
+
+def check_finite(model: nn.Module) -> None:
+    """Refuse weights with NaN or infinity."""
+    for name, parameter in model.named_parameters():
+        if not torch.isfinite(parameter).all():
+            raise ValueError(f"parameter {name!r} contains NaN or infinity; decompose a checkpoint with finite weights")
 
 
 def check_module(model: object) -> None:
@@ -76,20 +92,13 @@ def check_model(model: nn.Module, batch: Batch) -> Any:
                 f"model is in training mode: {path or 'it'!r} ({type(module).__name__}) is random or uses batch "
                 "statistics there; call model.eval() first"
             )
-    for name, parameter in model.named_parameters():
-        if not torch.isfinite(parameter).all():
-            raise ValueError(f"parameter {name!r} contains NaN or infinity; decompose a checkpoint with finite weights")
+    check_finite(model)
     device = tensors(batch)[0].device
     # A model that draws random numbers is found out here, and the caller's generators stay as they were.
     with torch.no_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
-        output = _called(
-            model,
-            batch,
-            "the model fails on the first batch",
-            _AS_TAKEN,
-        )
+        output = called(model, batch, "the model fails on the first batch", _AS_TAKEN)
         first, second = output_tensor(output), output_tensor(call(model, batch))
-        _called(
+        called(
             model,
             select(batch, torch.arange(1, device=device)),
             "the model fails on the first input of the first batch alone",
@@ -169,11 +178,16 @@ def unreadable_named(model: nn.Module, batches: Sequence[Batch]) -> Iterator[Non
     except _FAILURES:
         for index, batch in enumerate(batches):
             with torch.no_grad():
-                _called(model, batch, f"the model fails on batches[{index}]", _AS_TAKEN)
+                called(model, batch, f"the model fails on batches[{index}]", _AS_TAKEN)
         raise
 
 
-def _called(model: nn.Module, batch: Batch, what: str, fix: str) -> Any:
+def called(model: nn.Module, batch: Batch, what: str, fix: str) -> Any:
+    """A model's output on one batch.
+
+    Raises:
+        ValueError: Saying what failed, why, and what to do, where the model fails on it.
+    """
     try:
         return call(model, batch)
     except _FAILURES as error:

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from weightdecomp._attack import Ablation
 from weightdecomp._batches import Batch, digest, tensors
-from weightdecomp._check import checked, unreadable_named
+from weightdecomp._check import check_seed, checked, unreadable_named
 from weightdecomp._checkpoint import Checkpoint
 from weightdecomp._circuits import activity, grouped
 from weightdecomp._config import Config
@@ -102,6 +102,7 @@ def decompose(
         price ours.
     """
     config = config or Config()
+    check_seed(seed)
     kept, metric = checked(model, batches, tolerance, divergence)
     found, skipped = find_sites(model, kept[0], sites)
     key = _run_key(model, kept, found, tolerance, metric, seed, config)

@@ -35,9 +35,17 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     data.add_argument("--text", type=Path, metavar="FILE", help="UTF-8 text, cut into inputs of --length tokens")
     data.add_argument("--tokens", type=Path, metavar="FILE", help=".npy file of token ids, one row an input")
     data.add_argument("--sample", type=int, metavar="N", help="N sequences that the language model writes itself")
-    parser.add_argument("--sample-seed", type=int, metavar="N", help=_SAMPLE_SEED)
+    parser.add_argument("--sample-seed", type=seed, metavar="N", help=_SAMPLE_SEED)
     parser.add_argument("--length", type=int, metavar="N", help=f"tokens an input, of --text and --sample ({_LENGTH})")
     parser.add_argument("--tokenizer", type=Path, metavar="DIR", help="for --text; default: the --hf directory's own")
+
+
+def seed(word: str) -> int:
+    """A seed as it is given on the command line."""
+    found = int(word)
+    if not 0 <= found < 2**32:
+        raise argparse.ArgumentTypeError(f"expected a number from 0 to 2^32 - 1, got {found}")
+    return found
 
 
 def add_vocabulary(parser: argparse.ArgumentParser) -> None:

@@ -11,6 +11,8 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
+from weightdecomp._check import called, check_finite, check_seed
+from weightdecomp._divergence import output_tensor
 from weightdecomp._hf_files import check_directory
 from weightdecomp._pretrained import Pretrained
 from weightdecomp._storage import nearest
@@ -77,6 +79,7 @@ def text_batches(
     Raises:
         ValueError: If the file is missing, empty, not UTF-8 or too short, or the tokenizer does not suit the model.
     """
+    _check_text(model)
     directory = _tokenizer_directory(model, tokenizer_from)
     made = tokenizer(directory)
     text = _text(Path(path))
@@ -102,6 +105,11 @@ def _tokenizer_directory(model: nn.Module, given: str | Path | None) -> str | Pa
     raise ValueError(
         f"a {type(model).__name__} has no tokenizer; give the directory of one as --tokenizer (tokenizer_from=)"
     )
+
+
+def _check_text(model: nn.Module) -> None:
+    if isinstance(model, Pretrained):
+        model.check_text()
 
 
 def _check_vocabulary(model: nn.Module, made: Any, directory: str | Path) -> None:
@@ -158,6 +166,7 @@ def token_batches(model: nn.Module, path: str | Path) -> list[Int64[Tensor, "bat
     Raises:
         ValueError: If the file is no array of integers (input, position), or the model cannot take its ids.
     """
+    _check_text(model)
     file = Path(path)
     _check_file(file, "a .npy file")
     with file.open("rb") as stream:
@@ -191,15 +200,18 @@ def sampled_batches(
         seed: Of the draws.
 
     Raises:
-        ValueError: If there is no first token, or numbers are out of range.
+        ValueError: If there is no first token, numbers are out of range, or the model gives no logits that are finite.
+        TypeError: For a seed that is no whole number.
     """
+    check_seed(seed)
+    _check_text(model)
     _check_length(model, length)
     if n < 1:
         raise ValueError(f"the number of sequences must be at least 1, got {n}")
     if isinstance(model, Pretrained) and not model.causal:
         raise ValueError(f"a {type(model.inner).__name__} is no causal language model; give it text or tokens")
     if start is None:
-        start = model.config.bos_token_id if isinstance(model, Pretrained) else None
+        start = model.start if isinstance(model, Pretrained) else None
     if start is None:
         kind = type(model.inner if isinstance(model, Pretrained) else model).__name__
         raise ValueError(
@@ -210,13 +222,29 @@ def sampled_batches(
     rng = torch.Generator(device=device).manual_seed(seed)
     first = torch.full((n, 1), start, device=device)
     _check_ids(model, first, "start")
+    _check_logits(model, first[:1])
     return [_continued(model, rows, length, rng) for rows in first.split(_INPUTS)]
+
+
+def _check_logits(model: nn.Module, one: Tensor) -> None:
+    """Refuse a model that cannot write: its weights are not finite, or it gives no logits for a token."""
+    check_finite(model)
+    fix = "sampling takes a module that maps token ids to logits; give other inputs as --data"
+    with torch.no_grad():
+        logits = output_tensor(called(model, one, "the model fails on the first token of a sequence", fix))
+    if logits.shape[:2] != (1, 1) or logits.ndim != 3:
+        raise ValueError(
+            f"the model's output for one token has shape {tuple(logits.shape)}, expected logits (1, 1, token); {fix}"
+        )
 
 
 def _continued(model: nn.Module, rows: Tensor, length: int, rng: torch.Generator) -> Tensor:
     with torch.no_grad():
         while rows.shape[1] < length:
-            probabilities: Float[Tensor, "batch token"] = model(rows)[:, -1].float().softmax(-1)
+            logits = output_tensor(model(rows))[:, -1].float()
+            probabilities: Float[Tensor, "batch token"] = logits.softmax(-1)
+            if not torch.isfinite(probabilities).all():
+                raise ValueError("the model's output on what it wrote contains NaN or infinity; load it in float32")
             rows = torch.cat([rows, torch.multinomial(probabilities, 1, generator=rng)], 1)
     return rows
 
