@@ -1,3 +1,4 @@
+import copy
 from typing import Any
 
 import pytest
@@ -38,6 +39,36 @@ def test_a_folded_norm_has_no_gain_and_the_output_is_the_same(norm: nn.Module, b
         assert not folded.norm.bias.any()
     assert folded.down.weight is model.get_parameter("down.weight")
     assert_close(list(model.parameters()), before, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("family", ["gpt2", "gemma, one key, tied"])
+@torch.no_grad()
+def test_in_half_precision_folding_changes_as_much_as_the_precision_does(family: str, dtype: torch.dtype):
+    pytest.importorskip("transformers")
+    from tests.hf_models import FAMILIES, inputs, randomised
+
+    whole: Any = randomised(FAMILIES[family]())
+    half, x = copy.deepcopy(whole).to(dtype), inputs(family)
+
+    folded: Any = wd.fold_norms(half, x)
+
+    rounding = (half(x).logits - whole(x).logits).abs().max()
+    assert (folded(x).logits - half(x).logits).abs().max() < 3 * rounding
+    norms = [module for module in folded.modules() if type(module).__name__.endswith("Norm")]
+    assert all(bool((module.weight == (0 if "gemma" in family else 1)).all()) for module in norms)
+
+
+def test_what_would_change_more_than_rounding_is_refused(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("weightdecomp._fold._reset", lambda *_: None)
+    model, x = normed(nn.LayerNorm(4)), drawn(3, 4)
+    with torch.no_grad():
+        model.get_parameter("norm.weight").mul_(3)
+
+    with pytest.raises(ValueError, match="output would change by .* of its size; leave the norms$"):
+        wd.fold_norms(model, x)
+    with pytest.raises(ValueError, match="of its size; leave the norms or load the model in float32"):
+        wd.fold_norms(model.half(), x.half())
 
 
 @pytest.mark.parametrize(
