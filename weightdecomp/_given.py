@@ -17,6 +17,8 @@ from weightdecomp._split import Rows, split
 from weightdecomp._tokens import sampled_batches, text_batches, token_batches
 from weightdecomp._vocabulary import Vocabulary, vocabulary
 
+_PAIRS = r"\w+:\d+(?:,\w+:\d+)*"
+_ROWS = re.compile(rf"(?:\(({_PAIRS})\)|({_PAIRS}))(?:\*(\d{{1,4}}))?")
 _LENGTH = 128  # tokens an input, unless given
 
 
@@ -135,13 +137,16 @@ def _rows(words: Sequence[str]) -> dict[str, Rows] | None:
     found: dict[str, Rows] = {}
     for word in words:
         pattern, _, rest = word.partition("=")
-        match = re.fullmatch(r"\(?(\w+:\d+(?:,\w+:\d+)*)\)?(?:\*(\d+))?", rest)
+        match = _ROWS.fullmatch(rest)
         if match is None:
             raise ValueError(
-                f"--split: expected PATTERN=name:rows,name:rows or PATTERN=(name:rows,name:rows)*heads, got {word!r}"
+                "--split: expected PATTERN=name:rows,name:rows or PATTERN=(name:rows,name:rows)*heads, of at most 9999 "
+                f"heads, got {word!r}"
             )
-        pairs = [pair.split(":") for pair in match[1].split(",")]
-        found[pattern] = [(name, int(size)) for name, size in pairs] * int(match[2] or 1)
+        if pattern in found:
+            raise ValueError(f"--split: {pattern!r} is given twice; name all its rows at once")
+        pairs = [pair.split(":") for pair in (match[1] or match[2]).split(",")]
+        found[pattern] = [(name, int(size)) for name, size in pairs] * int(match[3] or 1)
     return found
 
 
