@@ -169,20 +169,26 @@ def test_a_directory_without_a_tokenizer_is_refused(text: Path, tmp_path: Path):
         wd.text_batches(wd.load_hf(tmp_path / "gpt2"), text, tokenizer_from="gpt2")
 
 
-def test_a_damaged_tokenizer_is_refused(model: wd.Pretrained, text: Path, tmp_path: Path):
+@pytest.mark.parametrize("name, content", [("tokenizer.json", "{"), ("tokenizer_config.json", "[]")])
+def test_a_damaged_tokenizer_is_refused(model: wd.Pretrained, text: Path, tmp_path: Path, name: str, content: str):
     folder = tokenizer_in(tmp_path / "own")
-    (folder / "tokenizer.json").write_text("{")
+    (folder / name).write_text(content)
 
-    with pytest.raises(ValueError, match="the tokenizer in '.*own' cannot be read"):
+    with pytest.raises(ValueError, match="the tokenizer in '.*own' cannot be read .*; restore its files"):
         wd.text_batches(model, text, tokenizer_from=folder)
 
 
-@pytest.mark.parametrize("length, told", [(CONTEXT + 1, "inputs would have 33 tokens, .* at most 32"), (0, "got 0")])
+@pytest.mark.parametrize("length, told", [(CONTEXT + 1, "--length .*: inputs would have 33 .* most 32"), (0, "got 0")])
 def test_a_length_that_the_model_cannot_read_is_refused(model: wd.Pretrained, text: Path, length: int, told: str):
     with pytest.raises(ValueError, match=told):
         wd.text_batches(model, text, length=length)
     with pytest.raises(ValueError, match=told):
         wd.sampled_batches(model, 2, length=length)
+
+
+def test_a_length_without_room_for_text_is_refused(model: wd.Pretrained, text: Path):
+    with pytest.raises(ValueError, match=r"--length \(length=\): 1 leaves no room for text, as .* puts 1 in front of"):
+        wd.text_batches(model, text, length=1)
 
 
 # ------------------------------------------------------------------------------------------ files of ids
@@ -212,8 +218,9 @@ def test_ids_of_a_file_come_as_they_are(model: wd.Pretrained, tmp_path: Path, dt
         (np.zeros(3, int), r"holds int64 \(3,\), expected integers"),
         (np.zeros((0, 3), int), r"holds int64 \(0, 3\), expected integers"),
         (np.array([["a"]]), "expected integers"),
+        (np.array([[2**64 - 1, 3]], np.uint64), "ids.npy' holds the id 18446744073709551615, which no vocabulary has"),
     ],
-    ids=["beyond", "negative", "too long", "floats", "one axis", "empty", "text"],
+    ids=["beyond", "negative", "too long", "floats", "one axis", "empty", "text", "too large"],
 )
 def test_ids_that_the_model_cannot_read_are_refused(
     model: wd.Pretrained, tmp_path: Path, array: np.ndarray, message: str

@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from weightdecomp._divergence import output_tensor
-from weightdecomp._hf_files import check_report, check_weights, configuration, model_class, pooling, told
+from weightdecomp._hf_files import check_report, check_weights, configuration, model_class, pooling, remedy, told
 
 _LISTED = 5  # ids in one message
 
@@ -159,7 +159,8 @@ def load_hf(directory: str | Path, *, dtype: torch.dtype = torch.float32) -> Pre
         dtype: What weights are converted to; half precision is slow on CPUs.
 
     Returns:
-        The model in eval mode, on the CPU. Attention is computed with plain matrix products.
+        The model in eval mode, on the CPU. Attention is computed as the configuration says, else by torch's
+        `scaled_dot_product_attention` where the architecture has that.
 
     Raises:
         ValueError: If the directory is incomplete, holds weights of another architecture, or only pickled ones.
@@ -185,7 +186,7 @@ def load_hf(directory: str | Path, *, dtype: torch.dtype = torch.float32) -> Pre
         raise ValueError(f"the weights in '{folder}' cannot be read: {error}; copy them again") from error
     except Exception as error:  # what settings that do not go together make the class raise has no bound
         raise ValueError(
-            f"no {kind.__name__} can be made from '{folder}/config.json' ({told(error)}); restore the file"
+            f"no {kind.__name__} can be made from '{folder}/config.json' ({told(error)}); {remedy(config)}"
         ) from error
     check_report(report, kind.__name__, folder)
     return Pretrained(model, folder, pooled, normalised).eval()

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from weightdecomp._check import called, check_finite, check_seed
 from weightdecomp._divergence import output_tensor
-from weightdecomp._hf_files import check_directory
+from weightdecomp._hf_files import check_directory, told
 from weightdecomp._pretrained import Pretrained
 from weightdecomp._storage import nearest
 
@@ -49,8 +49,8 @@ def tokenizer(directory: str | Path) -> Any:
         raise ImportError("tokenizers need transformers: pip install 'weightdecomp[hf]'") from error
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"the tokenizer in '{folder}' cannot be read: {error}") from error
+    except Exception as error:  # what damaged files make the reader raise has no bound
+        raise ValueError(f"the tokenizer in '{folder}' cannot be read ({told(error)}); restore its files") from error
 
 
 def has_tokenizer(directory: str | Path) -> bool:
@@ -89,7 +89,12 @@ def text_batches(
     _check_length(model, length)
     lead = made("", verbose=False)["input_ids"]
     found = made(text, add_special_tokens=False, verbose=False)["input_ids"]
-    if len(found) < (own := length - len(lead)) or own < 1:
+    if (own := length - len(lead)) < 1:
+        raise ValueError(
+            f"--length (length=): {length} leaves no room for text, as the tokenizer in '{directory}' puts {len(lead)} "
+            "in front of it; give more"
+        )
+    if len(found) < own:
         raise ValueError(f"'{path}' has {len(found)} tokens, fewer than one input of {length}; give more text")
     rows = torch.tensor(found[: len(found) // own * own]).reshape(-1, own)
     rows = torch.cat([torch.tensor(lead, dtype=torch.long).expand(len(rows), -1), rows], 1)
@@ -179,6 +184,8 @@ def token_batches(model: nn.Module, path: str | Path) -> list[Int64[Tensor, "bat
     if not isinstance(array, np.ndarray) or array.ndim != 2 or not array.size or array.dtype.kind not in "iu":
         came = f"{array.dtype} {array.shape}" if isinstance(array, np.ndarray) else type(array).__name__
         raise ValueError(f"'{file}' holds {came}, expected integers (input, position)")
+    if (largest := int(array.max())) > torch.iinfo(torch.int64).max:
+        raise ValueError(f"'{file}' holds the id {largest}, which no vocabulary has; write the ids anew")
     rows = torch.from_numpy(array.astype(np.int64))
     _check_length(model, rows.shape[1], f"the rows of '{file}' have")
     _check_ids(model, rows, f"'{file}'")
@@ -249,7 +256,7 @@ def _continued(model: nn.Module, rows: Tensor, length: int, rng: torch.Generator
     return rows
 
 
-def _check_length(model: nn.Module, length: int, what: str = "inputs would have") -> None:
+def _check_length(model: nn.Module, length: int, what: str = "--length (length=): inputs would have") -> None:
     if length < 1:
         raise ValueError(f"length must be at least 1, got {length}")
     if isinstance(model, Pretrained):
