@@ -1,6 +1,8 @@
 import errno
 import math
 import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ from tests.models import QUICK, Calls, drawn, ids, mlp, seeded, sparse
 from weightdecomp import _checkpoint, _storage
 from weightdecomp._check import check_module, check_seed, unreadable_named
 
+ROOT = Path(__file__).parents[1]
 X = drawn(8, 5).float()
 
 
@@ -169,6 +172,34 @@ def test_settings_survive_a_round_trip():
     config = wd.Config(steps=7, rate=0.5)
 
     assert wd.Config.from_dict(config.to_dict()) == config
+
+
+_UNCHECKED = {
+    "wd.Config(steps='2')": "steps must be a whole number, got '2'",
+    "wd.Config(steps=2.5)": "steps must be a whole number, got 2.5",
+    "wd.Config(batch=True)": "batch must be a whole number, got True",
+    "wd.Config(rate='fast')": "rate must be a number, got 'fast'",
+    "wd.split(3)": "model must be a torch.nn.Module, got int",
+    "wd.split(nn.Linear(2, 4), [])": "split: rows must be a dict, as in {'*.qkv': [('q', 64), ('k', 64)]}, got list",
+    "wd.fold_norms(3, torch.ones(2, 2))": "model must be a torch.nn.Module, got int",
+    "wd.load('out', None)": "model must be a torch.nn.Module, got NoneType",
+    "wd.decompose(nn.Linear(2, 4), [torch.ones(2, 2)], seed=1.5)": "seed must be a whole number, got 1.5",
+    "wd.sampled_batches(nn.Linear(2, 4), 2, seed=None)": "seed must be a whole number, got None",
+}
+
+
+def test_arguments_of_another_type_are_refused_in_words():
+    """In a process of its own, since in this one jaxtyping checks annotations first."""
+    lines = ["import torch", "from torch import nn", "import weightdecomp as wd"]
+    for call in _UNCHECKED:
+        lines += ["try:", f"    {call}", "except TypeError as error:", "    print(error)"]
+
+    done = subprocess.run(
+        [sys.executable, "-c", "\n".join(lines)], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
+
+    assert done.stderr == ""
+    assert done.stdout.splitlines() == list(_UNCHECKED.values())
 
 
 def test_a_function_in_place_of_a_model_is_refused():
