@@ -54,6 +54,7 @@ FAMILIES: dict[str, Callable[[], nn.Module]] = {
     "qwen3, norms of heads": _causal("Qwen3", num_key_value_heads=2, head_dim=4),
     "bert": _made("BertModel", "BertConfig", **_SIZES),
     "bert, classes": _made("BertForSequenceClassification", "BertConfig", **_SIZES, num_labels=3),
+    "roberta": _made("RobertaModel", "RobertaConfig", **_SIZES | {"bos_token_id": 0, "pad_token_id": 1}),
     "vit": _made("ViTForImageClassification", "ViTConfig", **_PIXELS, num_labels=5),
 }
 FUSED: dict[str, Callable[[], nn.Module]] = {

@@ -1,6 +1,8 @@
 import errno
 import math
 import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,8 +15,9 @@ from torch import Tensor, nn
 import weightdecomp as wd
 from tests.models import QUICK, Calls, drawn, ids, mlp, seeded, sparse
 from weightdecomp import _checkpoint, _storage
-from weightdecomp._check import check_module
+from weightdecomp._check import check_module, check_seed, unreadable_named
 
+ROOT = Path(__file__).parents[1]
 X = drawn(8, 5).float()
 
 
@@ -73,9 +76,71 @@ def test_token_ids_beyond_the_vocabulary_are_refused():
         decompose(seeded(nn.Embedding(7, 4)), [ids(9, 8, 5)])
 
 
+def _reader(m: Calls, x: Tensor, mask: Tensor | None = None) -> Tensor:
+    return m.read(m.table(x.reshape(-1, 5))) if mask is None else m.read(m.table(x)) * mask[..., None]
+
+
+@pytest.mark.parametrize(
+    "batches, message",
+    [
+        (
+            [ids(7, 8, 5), ids(9, 8, 5)],
+            r"batches\[1\] holds ids from 0 to 8, but the embedding 'table' has .* 0 to 6",
+        ),
+        ([ids(7, 8, 5), ids(7, 3, 5) - 1], r"batches\[1\] holds ids from -1 to 5, but the embedding 'table'"),
+        ([{"x": ids(7, 8, 5)}, {"x": ids(9, 8, 5)}], r"batches\[1\] holds ids from 0 to 8, but the embedding 'table'"),
+        ([ids(7, 8, 5), ids(7, 99, 4)], r"the model fails on batches\[1\]: .*; pass batches as the model takes them"),
+        ([(ids(7, 8, 5), torch.ones(8, 5)), (ids(7, 99, 5), "x")], r"the model fails on batches\[1\]: .*str"),
+    ],
+    ids=["beyond", "negative", "by name", "another length", "no tensor"],
+)
+def test_a_later_batch_that_the_model_cannot_read_is_named(batches: list[Any], message: str):
+    model = seeded(Calls(_reader, table=nn.Embedding(7, 4), read=nn.Linear(4, 3)))
+
+    with pytest.raises(ValueError, match=message):
+        decompose(model, batches)
+
+
+def test_a_batch_with_a_part_that_has_not_what_the_model_asks_for_is_refused():
+    with pytest.raises(ValueError, match="the model fails on the first batch: .*str.* has no attribute 'sum'"):
+        decompose(Calls(lambda m, x, y: x * y.sum()).eval(), [(X, "x")])
+
+
+def test_what_fails_for_another_reason_is_raised_as_it_is():
+    with pytest.raises(RuntimeError, match="not the model's"), unreadable_named(mlp(), [X]):
+        raise RuntimeError("not the model's")
+
+
+def test_a_batch_that_cannot_be_verified_is_named(decomposed: wd.Decomposition):
+    x = drawn(4, 9).float()
+
+    with pytest.raises(ValueError, match=r"the model fails on batches\[0\]: .*shapes cannot be multiplied"):
+        decomposed.verify([x], steps=1)
+
+
 def test_a_single_unbatched_input_is_told_apart_from_a_batch():
     with pytest.raises(ValueError, match="fails on the first input of the first batch alone: .* must count inputs"):
         decompose(seeded(nn.Conv1d(2, 3, 3)), [drawn(2, 6).float()])
+
+
+@pytest.mark.parametrize(
+    "seed, error, message",
+    [
+        (1.5, TypeError, "seed must be a whole number, got 1.5"),
+        (None, TypeError, "seed must be a whole number, got None"),
+        ("a", TypeError, "seed must be a whole number, got 'a'"),
+        (10**25, ValueError, r"seed must be from -2\^63 to 2\^64 - 1, got 1000"),
+    ],
+)
+def test_a_seed_that_torch_does_not_take_is_refused(seed: object, error: type[Exception], message: str):
+    with pytest.raises(error, match=message):
+        check_seed(seed)
+
+
+@pytest.mark.parametrize("seed", [-1, 2**64 - 1])
+def test_a_seed_that_torch_takes_is_fine(seed: int):
+    check_seed(seed)
+    torch.Generator().manual_seed(seed)
 
 
 @pytest.mark.parametrize("tolerance", [0.0, 1.0, -0.1, 3.0, math.nan])
@@ -107,6 +172,34 @@ def test_settings_survive_a_round_trip():
     config = wd.Config(steps=7, rate=0.5)
 
     assert wd.Config.from_dict(config.to_dict()) == config
+
+
+_UNCHECKED = {
+    "wd.Config(steps='2')": "steps must be a whole number, got '2'",
+    "wd.Config(steps=2.5)": "steps must be a whole number, got 2.5",
+    "wd.Config(batch=True)": "batch must be a whole number, got True",
+    "wd.Config(rate='fast')": "rate must be a number, got 'fast'",
+    "wd.split(3)": "model must be a torch.nn.Module, got int",
+    "wd.split(nn.Linear(2, 4), [])": "split: rows must be a dict, as in {'*.qkv': [('q', 64), ('k', 64)]}, got list",
+    "wd.fold_norms(3, torch.ones(2, 2))": "model must be a torch.nn.Module, got int",
+    "wd.load('out', None)": "model must be a torch.nn.Module, got NoneType",
+    "wd.decompose(nn.Linear(2, 4), [torch.ones(2, 2)], seed=1.5)": "seed must be a whole number, got 1.5",
+    "wd.sampled_batches(nn.Linear(2, 4), 2, seed=None)": "seed must be a whole number, got None",
+}
+
+
+def test_arguments_of_another_type_are_refused_in_words():
+    """In a process of its own, since in this one jaxtyping checks annotations first."""
+    lines = ["import torch", "from torch import nn", "import weightdecomp as wd"]
+    for call in _UNCHECKED:
+        lines += ["try:", f"    {call}", "except TypeError as error:", "    print(error)"]
+
+    done = subprocess.run(
+        [sys.executable, "-c", "\n".join(lines)], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
+
+    assert done.stderr == ""
+    assert done.stdout.splitlines() == list(_UNCHECKED.values())
 
 
 def test_a_function_in_place_of_a_model_is_refused():

@@ -42,6 +42,20 @@ def broken():
 
 def nothing():
     return None
+
+def none():
+    return []
+
+def one():
+    return batches()[0]
+
+def ends():
+    yield batches()[0]
+    raise KeyError("of a row")
+
+def endless():
+    while True:
+        yield batches()[0]
 """
 MODEL = ["--model", "toy:model", "--weights", "toy.safetensors", "--data", "toy:batches"]
 RUN = ["decompose", *MODEL, "--out", "out", "--steps", "2", "--no-progress"]
@@ -204,6 +218,20 @@ MISTAKES = {
     "factory that fails": (["--model", "toy:broken"], "RuntimeError: no such checkpoint"),
     "factory without a model": (["--model", "toy:nothing"], "returned None, expected a torch.nn.Module"),
     "data that is none": (["--data", "toy:nothing"], "returned None, expected an iterable of batches"),
+    "data without batches": (["--data", "toy:none"], "batches is empty; pass at least one batch"),
+    "data without batches, folded": (
+        ["--data", "toy:none", "--fold-norms"],
+        "batches is empty; pass at least one batch",
+    ),
+    "data that is one batch": (["--data", "toy:one"], "--data: 'toy:one' returned one batch (of type Tensor)"),
+    "data that ends in an error": (
+        ["--data", "toy:ends"],
+        "reading the batches of 'toy:ends' failed: KeyError: ",
+    ),
+    "endless data, folded": (
+        ["--data", "toy:endless", "--fold-norms"],
+        "no layer norm is read by linear modules alone",
+    ),
     "pickle as weights": (["--weights", "toy.pt"], "is a pickle that holds more than tensors"),
     "no weights there": (
         ["--weights", "tow.safetensors"],
@@ -217,6 +245,7 @@ MISTAKES = {
     "tolerance": (["--tolerance", "2"], "tolerance must be between 0 and 1"),
     "steps": (["--steps", "-1"], "steps must be at least 0"),
     "seed": (["--seed", "-1"], "expected a number from 0 to 2^32 - 1"),
+    "seed of a sample": (["--sample-seed", str(10**25)], "--sample-seed: expected a number from 0 to 2^32 - 1"),
     "tolerance in words": (["--tolerance", "little"], "invalid float value"),
     "unknown divergence": (["--divergence", "kld"], "divergence must be 'auto', 'mse', 'kl'"),
     "out is taken": (["--out", "."], "is not empty and holds no decomposition"),
@@ -313,6 +342,13 @@ def test_a_mistake_in_verify_is_named(
 
     assert code == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_graph_of_no_data_is_refused(saved: Path, here: Path, capsys: pytest.CaptureFixture[str]):
+    code = main(["graph", "out", *MODEL, "--data", "toy:none", "--out", "graph.json", "--no-progress"])
+
+    assert code == 2
+    assert "batches is empty" in capsys.readouterr().err
 
 
 def test_an_interrupted_run_says_how_to_resume(folder: Path):

@@ -1,3 +1,4 @@
+import copy
 from typing import Any
 
 import pytest
@@ -40,6 +41,36 @@ def test_a_folded_norm_has_no_gain_and_the_output_is_the_same(norm: nn.Module, b
     assert_close(list(model.parameters()), before, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("family", ["gpt2", "gemma, one key, tied"])
+@torch.no_grad()
+def test_in_half_precision_folding_changes_as_much_as_the_precision_does(family: str, dtype: torch.dtype):
+    pytest.importorskip("transformers")
+    from tests.hf_models import FAMILIES, inputs, randomised
+
+    whole: Any = randomised(FAMILIES[family]())
+    half, x = copy.deepcopy(whole).to(dtype), inputs(family)
+
+    folded: Any = wd.fold_norms(half, x)
+
+    rounding = (half(x).logits - whole(x).logits).abs().max()
+    assert (folded(x).logits - half(x).logits).abs().max() < 3 * rounding
+    norms = [module for module in folded.modules() if type(module).__name__.endswith("Norm")]
+    assert all(bool((module.weight == (0 if "gemma" in family else 1)).all()) for module in norms)
+
+
+def test_what_would_change_more_than_rounding_is_refused(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("weightdecomp._fold._reset", lambda *_: None)
+    model, x = normed(nn.LayerNorm(4)), drawn(3, 4)
+    with torch.no_grad():
+        model.get_parameter("norm.weight").mul_(3)
+
+    with pytest.raises(ValueError, match="output would change by .* of its size; leave the norms$"):
+        wd.fold_norms(model, x)
+    with pytest.raises(ValueError, match="of its size; leave the norms or load the model in float32"):
+        wd.fold_norms(model.half(), x.half())
+
+
 @pytest.mark.parametrize(
     "forward",
     [
@@ -76,6 +107,34 @@ def test_a_view_of_all_of_a_norms_output_is_the_output():
 def test_a_model_without_norms_is_refused():
     with pytest.raises(ValueError, match="no layer norm is read by linear modules alone"):
         wd.fold_norms(mlp(), drawn(8, 5).float())
+
+
+@pytest.mark.parametrize(
+    "model, batch, error, message",
+    [
+        (normed(nn.LayerNorm(4)), "text", TypeError, "batch must be a tensor, a tuple or a dict of them, got str"),
+        (normed(nn.LayerNorm(4)), drawn(3, 4)[:0], ValueError, "batch holds no inputs"),
+        (normed(nn.LayerNorm(4)), [drawn(3, 4)] * 2, ValueError, "the model fails on the first batch: .* as the model"),
+        (normed(nn.LayerNorm(4)), drawn(3, 5), ValueError, "the model fails on the first batch"),
+        (normed(nn.LayerNorm(4)), drawn(3, 4).log(), ValueError, "batch contains NaN"),
+        (nn.Sequential(nn.LayerNorm(4), nn.Dropout(), nn.Linear(4, 4)), drawn(3, 4), ValueError, "training mode"),
+    ],
+    ids=["text", "no inputs", "a list of batches", "another width", "NaN", "training mode"],
+)
+def test_what_decompose_refuses_is_refused_before_anything_is_folded(
+    model: Any, batch: Any, error: type[Exception], message: str
+):
+    with pytest.raises(error, match=message):
+        wd.fold_norms(model, batch)
+
+
+def test_weights_that_are_not_finite_are_refused_by_name():
+    model = normed(nn.LayerNorm(4))
+    with torch.no_grad():
+        model.get_parameter("down.weight")[1, 1] = torch.nan
+
+    with pytest.raises(ValueError, match="parameter 'down.weight' contains NaN or infinity"):
+        wd.fold_norms(model, drawn(3, 4))
 
 
 def test_folding_leaves_no_hook_behind():

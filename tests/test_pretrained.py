@@ -175,6 +175,7 @@ def test_a_layer_without_weights_is_refused(copied: Path):
     "changes, message",
     [
         ({"model_type": "lama"}, "model_type 'lama', which transformers .* does not have"),
+        ({"model_type": ["llama"]}, r"model_type \['llama'\], which transformers .* does not have"),
         (
             {"architectures": ["LamaForCausalLM"]},
             r"architectures \['LamaForCausalLM'\], expected the name",
@@ -197,7 +198,15 @@ def test_an_unknown_architecture_is_refused(copied: Path, changes: dict[str, Any
     [
         ({"hidden_size": "wide"}, r"config.json' cannot be used \(.*hidden_size.* expected int, got str"),
         ({"num_attention_heads": 0}, r"config.json' cannot be used \(ZeroDivisionError"),
-        ({"hidden_act": "silly"}, r"no LlamaForCausalLM can be made from '.*config.json' \(KeyError: 'silly'\)"),
+        ({"hidden_act": "silly"}, r"no Llama.* from '.*config.json' \(KeyError: 'silly'\); restore the file"),
+        (
+            {"quantization_config": {"quant_method": "gptq", "bits": 4}},
+            r"no Llama.* the weights are quantised: dequantise the model where",
+        ),
+        (
+            {"attn_implementation": "flash_attention_2"},
+            r"no Llama.*; set \"attn_implementation\" to \"sdpa\" or \"eager\" there, in place of 'flash_attention_2'",
+        ),
     ],
 )
 def test_settings_that_no_model_has_are_refused(copied: Path, changes: dict[str, Any], message: str):
@@ -205,7 +214,14 @@ def test_settings_that_no_model_has_are_refused(copied: Path, changes: dict[str,
         load_hf(edited_config(copied, **changes))
 
 
-@pytest.mark.parametrize("content", ["{}", '{"weight_map": []}'])
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_attention_is_computed_as_the_configuration_says(copied: Path, implementation: str):
+    asked = {} if implementation == "sdpa" else {"attn_implementation": implementation}
+
+    assert load_hf(edited_config(copied, **asked)).config._attn_implementation == implementation
+
+
+@pytest.mark.parametrize("content", ["{}", '{"weight_map": []}', '{"weight_map": {"a": 1, "b": "c.safetensors"}}'])
 def test_an_index_that_names_no_shards_is_refused(copied: Path, content: str):
     (copied / "model.safetensors").rename(copied / "model-00001-of-00001.safetensors")
     (copied / "model.safetensors.index.json").write_text(content)
@@ -269,6 +285,26 @@ def test_token_ids_that_the_model_cannot_read_are_refused(llama: Path, batch: An
         decompose(load_hf(llama), [batch])
 
 
+def test_a_context_ends_where_positions_that_begin_after_padding_do(tmp_path: Path):
+    original = saved("roberta", tmp_path)
+
+    model = load_hf(tmp_path)
+
+    assert model.context == 30
+    assert original(ids(59, 2, 30) + 2).last_hidden_state.isfinite().all()
+    with pytest.raises((IndexError, RuntimeError)):
+        original(ids(59, 2, 31) + 2)
+    with pytest.raises(ValueError, match=r"batches\[0\] have 31 tokens, but the model reads at most 30"):
+        decompose(model, [ids(59, 2, 31) + 2])
+
+
+def test_a_composite_configuration_says_of_its_text_what_a_plain_one_says(llama: Path):
+    model = load_hf(llama)
+    model.inner.config = type("Composite", (), {"get_text_config": lambda self, own=model.config: own})()
+
+    assert (model.context, model.start) == (32, 1)
+
+
 def test_loading_says_nothing_and_draws_no_random_numbers(llama: Path, capsys: pytest.CaptureFixture[str]):
     before = torch.random.get_rng_state()
 
@@ -327,6 +363,14 @@ def test_other_sentence_encoders_are_refused(tmp_path: Path, kinds: list[str], p
 
     with pytest.raises(ValueError, match=f"is a sentence encoder with {told}, expected pooling by mean"):
         load_hf(folder)
+
+
+@pytest.mark.parametrize("content", ["[{}]", '["a"]'])
+def test_a_damaged_list_of_modules_is_refused(copied: Path, content: str):
+    (copied / "modules.json").write_text(content)
+
+    with pytest.raises(ValueError, match="modules.json' holds .*, expected modules with a type and a path; restore"):
+        load_hf(copied)
 
 
 def test_minilm_embeds_sentences_by_their_meaning(tmp_path: Path):

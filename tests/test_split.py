@@ -230,6 +230,11 @@ def test_parts_go_back_into_the_matrix_that_they_came_from(family: str):
     assert unsplit(model) is model
 
 
+def test_what_is_split_already_has_no_fused_matrix_left():
+    with pytest.raises(ValueError, match="split: no fused matrix of a known layout in this model"):
+        split(split(of_family("gpt2")))
+
+
 @torch.no_grad()
 def test_a_changed_part_is_saved_in_its_matrix(tmp_path: Path):
     pytest.importorskip("transformers")

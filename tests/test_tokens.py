@@ -169,20 +169,26 @@ def test_a_directory_without_a_tokenizer_is_refused(text: Path, tmp_path: Path):
         wd.text_batches(wd.load_hf(tmp_path / "gpt2"), text, tokenizer_from="gpt2")
 
 
-def test_a_damaged_tokenizer_is_refused(model: wd.Pretrained, text: Path, tmp_path: Path):
+@pytest.mark.parametrize("name, content", [("tokenizer.json", "{"), ("tokenizer_config.json", "[]")])
+def test_a_damaged_tokenizer_is_refused(model: wd.Pretrained, text: Path, tmp_path: Path, name: str, content: str):
     folder = tokenizer_in(tmp_path / "own")
-    (folder / "tokenizer.json").write_text("{")
+    (folder / name).write_text(content)
 
-    with pytest.raises(ValueError, match="the tokenizer in '.*own' cannot be read"):
+    with pytest.raises(ValueError, match="the tokenizer in '.*own' cannot be read .*; restore its files"):
         wd.text_batches(model, text, tokenizer_from=folder)
 
 
-@pytest.mark.parametrize("length, told", [(CONTEXT + 1, "inputs would have 33 tokens, .* at most 32"), (0, "got 0")])
+@pytest.mark.parametrize("length, told", [(CONTEXT + 1, "--length .*: inputs would have 33 .* most 32"), (0, "got 0")])
 def test_a_length_that_the_model_cannot_read_is_refused(model: wd.Pretrained, text: Path, length: int, told: str):
     with pytest.raises(ValueError, match=told):
         wd.text_batches(model, text, length=length)
     with pytest.raises(ValueError, match=told):
         wd.sampled_batches(model, 2, length=length)
+
+
+def test_a_length_without_room_for_text_is_refused(model: wd.Pretrained, text: Path):
+    with pytest.raises(ValueError, match=r"--length \(length=\): 1 leaves no room for text, as .* puts 1 in front of"):
+        wd.text_batches(model, text, length=1)
 
 
 # ------------------------------------------------------------------------------------------ files of ids
@@ -212,8 +218,9 @@ def test_ids_of_a_file_come_as_they_are(model: wd.Pretrained, tmp_path: Path, dt
         (np.zeros(3, int), r"holds int64 \(3,\), expected integers"),
         (np.zeros((0, 3), int), r"holds int64 \(0, 3\), expected integers"),
         (np.array([["a"]]), "expected integers"),
+        (np.array([[2**64 - 1, 3]], np.uint64), "ids.npy' holds the id 18446744073709551615, which no vocabulary has"),
     ],
-    ids=["beyond", "negative", "too long", "floats", "one axis", "empty", "text"],
+    ids=["beyond", "negative", "too long", "floats", "one axis", "empty", "text", "too large"],
 )
 def test_ids_that_the_model_cannot_read_are_refused(
     model: wd.Pretrained, tmp_path: Path, array: np.ndarray, message: str
@@ -281,6 +288,58 @@ def test_what_cannot_be_sampled_is_refused(model: wd.Pretrained, tmp_path: Path)
         wd.sampled_batches(wd.load_hf(tmp_path), 2, length=4)
     with pytest.raises(ValueError, match="start gives token ids outside the model's vocabulary of 61"):
         wd.sampled_batches(model, 2, length=4, start=61)
+
+
+def test_weights_that_are_not_finite_are_named_before_anything_is_sampled(directory: Path):
+    model = wd.load_hf(directory)
+    with torch.no_grad():
+        model.get_parameter("model.norm.weight")[3] = torch.nan
+
+    with pytest.raises(ValueError, match="parameter 'model.norm.weight' contains NaN or infinity"):
+        wd.sampled_batches(model, 2, length=4)
+
+
+@pytest.mark.parametrize(
+    "own, message",
+    [
+        (nn.Linear(2, 2), "the model fails on the first token of a sequence: .*; sampling takes a module that maps"),
+        (
+            Calls(lambda m, x: m.t(x)[:, 0], t=nn.Embedding(3, 3)),
+            r"has shape \(1, 3\), expected logits \(1, 1, token\)",
+        ),
+        (
+            Calls(lambda m, x: m.t(x) / 0, t=nn.Embedding(3, 3)),
+            "on what it wrote contains NaN or infinity; load it",
+        ),
+    ],
+    ids=["no ids", "one answer a text", "not finite"],
+)
+def test_a_module_that_gives_no_logits_is_refused(own: nn.Module, message: str):
+    with pytest.raises(ValueError, match=message):
+        wd.sampled_batches(own, 2, length=4, start=1)
+
+
+def test_a_model_of_transformers_itself_can_be_sampled(model: wd.Pretrained):
+    found = wd.sampled_batches(model.inner, 3, length=4, start=1)
+
+    assert_close(found, wd.sampled_batches(model, 3, length=4), rtol=0, atol=0)
+
+
+def test_a_model_of_pictures_takes_no_text(text: Path, tmp_path: Path):
+    saved("vit", tmp_path / "vit")
+    vit = wd.load_hf(tmp_path / "vit")
+    np.save(tmp_path / "ids.npy", np.ones((2, 3), int))
+
+    ways = (
+        lambda: wd.token_batches(vit, tmp_path / "ids.npy"),
+        lambda: wd.text_batches(vit, text),
+        lambda: wd.sampled_batches(vit, 2),
+    )
+    for read in ways:
+        with pytest.raises(
+            ValueError, match="a ViTForImageClassification reads pixel_values, not token ids; .* --data"
+        ):
+            read()
 
 
 @pytest.mark.data

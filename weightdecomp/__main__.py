@@ -29,6 +29,7 @@ from weightdecomp._given import (
     given_vocabulary,
     model_and_batches,
     one_input,
+    seed,
 )
 from weightdecomp._loading import loaded_divergence
 from weightdecomp._processes import Processes, ProcessLost, job
@@ -112,15 +113,7 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_seed(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--seed", type=_seed, default=0, metavar="N", help="of every random draw (0)")
-
-
-def _seed(word: str) -> int:
-    """A seed that torch takes."""
-    seed = int(word)
-    if not 0 <= seed < 2**32:
-        raise argparse.ArgumentTypeError(f"expected a number from 0 to 2^32 - 1, got {seed}")
-    return seed
+    parser.add_argument("--seed", type=seed, default=0, metavar="N", help="of every random draw (0)")
 
 
 def _add_graph(parser: argparse.ArgumentParser) -> None:
@@ -214,9 +207,9 @@ def _graph(given: argparse.Namespace) -> int:
     for path in given.out:
         graphs.check_path(path)
     model, inputs = model_and_batches(given)
-    batches = list(inputs)
     function = loaded_divergence(given.divergence) if given.divergence else None
     decomposition = load(given.directory, model, function if callable(function) else None)
+    batches = decomposition.read(inputs)
     chosen = batches if given.input is None else [one_input(batches, given.input)]
     names = given_vocabulary(given, model, batches)
     graph = graphs.circuit_graph(

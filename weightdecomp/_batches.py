@@ -71,25 +71,31 @@ def _mapped(batch: Batch, function: Any) -> Batch:
     return tuple(function(x) if isinstance(x, Tensor) else x for x in batch)
 
 
-def _checked(batch: Batch, index: int, model: nn.Module) -> Batch:
+def checked_batch(batch: Batch, model: nn.Module, name: str) -> Batch:
+    """One batch for a model, under the name that the user knows it by, without gradients.
+
+    Raises:
+        ValueError: As `read_batches`.
+        TypeError: For something that is no batch.
+    """
     if not isinstance(batch, Tensor | Mapping | tuple | list):
-        raise TypeError(f"batches[{index}] must be a tensor, a tuple or a dict of them, got {type(batch).__name__}")
+        raise TypeError(f"{name} must be a tensor, a tuple or a dict of them, got {type(batch).__name__}")
     found = tensors(batch)
     if not found or found[0].ndim == 0 or len(found[0]) == 0:
-        raise ValueError(f"batches[{index}] holds no inputs; every batch needs a tensor with a non-empty first axis")
+        raise ValueError(f"{name} holds no inputs; every batch needs a tensor with a non-empty first axis")
     parameter = next(model.parameters(), None)
     for x in found:
         if parameter is not None and x.device != parameter.device:
             raise ValueError(
-                f"batches[{index}] is on {x.device} but the model is on {parameter.device}; "
+                f"{name} is on {x.device} but the model is on {parameter.device}; "
                 f"move the batch with .to({str(parameter.device)!r})"
             )
         if x.is_meta:
-            raise ValueError(f"batches[{index}] and the model are on the meta device, which holds no values; load them")
+            raise ValueError(f"{name} and the model are on the meta device, which holds no values; load them")
         if x.is_floating_point() and not torch.isfinite(x).all():
-            raise ValueError(f"batches[{index}] contains NaN or infinity; drop or repair those inputs")
+            raise ValueError(f"{name} contains NaN or infinity; drop or repair those inputs")
     if isinstance(model, Pretrained):
-        model.check_batch(batch, f"batches[{index}]")
+        model.check_batch(batch, name)
     return _mapped(batch, torch.Tensor.detach)
 
 
@@ -109,7 +115,7 @@ def read_batches(batches: Iterable[Batch], model: nn.Module) -> list[Batch]:
     kept: list[Batch] = []
     n = 0
     for index, batch in enumerate(batches):
-        kept.append(_checked(batch, index, model))
+        kept.append(checked_batch(batch, model, f"batches[{index}]"))
         n += size(kept[-1])
         if endless and n >= _MOST_INPUTS:
             break
@@ -155,7 +161,7 @@ def digest(batches: Sequence[Batch]) -> str:
     """A fingerprint of all inputs, to recognise a resumed run's data."""
     sha = hashlib.sha256()
     for batch in batches:
-        for name, x in _named(batch):
+        for name, x in named_parts(batch):
             if not isinstance(x, Tensor):
                 sha.update(f"{name}={x!r};".encode())
                 continue
@@ -164,7 +170,7 @@ def digest(batches: Sequence[Batch]) -> str:
     return sha.hexdigest()
 
 
-def _named(batch: Batch) -> list[tuple[str, Any]]:
+def named_parts(batch: Batch) -> list[tuple[str, Any]]:
     """All that a batch hands to the model, by name or position; the order of a dict does not matter."""
     if isinstance(batch, Mapping):
         return sorted(batch.items())

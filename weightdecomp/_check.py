@@ -1,13 +1,16 @@
 """Checks of what the user passes, before any work is done."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from numbers import Integral
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
-from weightdecomp._batches import Batch, call, read_batches, select, tensors
+from weightdecomp._batches import Batch, call, named_parts, read_batches, select, tensors
 from weightdecomp._divergence import Divergence, choose, output_tensor
 from weightdecomp._pretrained import Pretrained
 
@@ -19,6 +22,13 @@ _STOCHASTIC = (
     parametrizations._SpectralNorm,
 )
 
+_AS_TAKEN = (
+    "pass batches as the model takes them (a tensor, a tuple of positional arguments, or a dict of keyword arguments, "
+    "with its dtypes)"
+)
+# What a model raises on inputs that it was not made for.
+_FAILURES = (RuntimeError, TypeError, ValueError, LookupError, AttributeError, AssertionError)
+
 
 def check_tolerance(tolerance: float) -> None:
     """Refuse a tolerance outside (0, 1)."""
@@ -26,6 +36,21 @@ def check_tolerance(tolerance: float) -> None:
         raise ValueError(
             f"tolerance must be between 0 and 1 (a share of the damage of ablating everything), got {tolerance!r}"
         )
+
+
+def check_seed(seed: object) -> None:
+    """Refuse a seed that torch does not take."""
+    if not isinstance(seed, Integral):
+        raise TypeError(f"seed must be a whole number, got {seed!r}")
+    if not -(2**63) <= int(seed) < 2**64:
+        raise ValueError(f"seed must be from -2^63 to 2^64 - 1, got {seed}")
+
+
+def check_finite(model: nn.Module) -> None:
+    """Refuse weights with NaN or infinity."""
+    for name, parameter in model.named_parameters():
+        if not torch.isfinite(parameter).all():
+            raise ValueError(f"parameter {name!r} contains NaN or infinity; decompose a checkpoint with finite weights")
 
 
 def check_module(model: object) -> None:
@@ -42,6 +67,7 @@ def checked(
     check_tolerance(tolerance)
     kept = read_batches(batches, model)
     output = check_model(model, kept[0])
+    _check_ids(model, kept)
     return kept, choose(divergence, output, scores_ids(model, kept[0]))
 
 
@@ -66,21 +92,13 @@ def check_model(model: nn.Module, batch: Batch) -> Any:
                 f"model is in training mode: {path or 'it'!r} ({type(module).__name__}) is random or uses batch "
                 "statistics there; call model.eval() first"
             )
-    for name, parameter in model.named_parameters():
-        if not torch.isfinite(parameter).all():
-            raise ValueError(f"parameter {name!r} contains NaN or infinity; decompose a checkpoint with finite weights")
+    check_finite(model)
     device = tensors(batch)[0].device
     # A model that draws random numbers is found out here, and the caller's generators stay as they were.
     with torch.no_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
-        output = _called(
-            model,
-            batch,
-            "the model fails on the first batch",
-            "pass batches as the model takes them (a tensor, a tuple of positional arguments, or a dict of keyword "
-            "arguments, with its dtypes)",
-        )
+        output = called(model, batch, "the model fails on the first batch", _AS_TAKEN)
         first, second = output_tensor(output), output_tensor(call(model, batch))
-        _called(
+        called(
             model,
             select(batch, torch.arange(1, device=device)),
             "the model fails on the first input of the first batch alone",
@@ -101,10 +119,78 @@ def check_model(model: nn.Module, batch: Batch) -> Any:
     return output
 
 
-def _called(model: nn.Module, batch: Batch, what: str, fix: str) -> Any:
+def _check_ids(model: nn.Module, batches: Sequence[Batch]) -> None:
+    """Refuse ids that an embedding has no row for, in whichever batch, at the cost of one input's forward pass."""
+    tables = _tables(model, select(batches[0], torch.arange(1, device=tensors(batches[0])[0].device)))
+    for index, batch in enumerate(batches):
+        for name, x in named_parts(batch):
+            if name not in tables or not isinstance(x, Tensor) or not x.numel():
+                continue
+            path, rows = tables[name]
+            least, largest = int(x.min()), int(x.max())
+            if least < 0 or largest >= rows:
+                raise ValueError(
+                    f"batches[{index}] holds ids from {least} to {largest}, but the embedding {path!r} has rows for 0 "
+                    f"to {rows - 1}; the data and the model must belong together"
+                )
+
+
+def _tables(model: nn.Module, batch: Batch) -> dict[str, tuple[str, int]]:
+    """For parts of a batch that an embedding reads as they came, the smallest such embedding and its rows."""
+    ids = [(name, x) for name, x in named_parts(batch) if isinstance(x, Tensor) and not x.is_floating_point()]
+    found: dict[str, tuple[str, int]] = {}
+
+    def note(path: str, table: Any, args: tuple) -> None:
+        for name, x in ids:
+            # A view of all of it, as transformers make, is the part too.
+            same = args and x.data_ptr() == args[0].data_ptr() and x.numel() == args[0].numel()
+            if same and (name not in found or table.num_embeddings < found[name][1]):
+                found[name] = (path, table.num_embeddings)
+
+    handles = [
+        module.register_forward_pre_hook(partial(note, path))
+        for path, module in model.named_modules()
+        if ids and isinstance(module, nn.Embedding)
+    ]
+    try:
+        if handles:
+            with torch.no_grad():
+                call(model, batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found
+
+
+@contextmanager
+def unreadable_named(model: nn.Module, batches: Sequence[Batch]) -> Iterator[None]:
+    """Name the batch that the model fails on by itself, where that is why something fails.
+
+    Batches are first run at different times; they are all run here only once something has failed.
+
+    Raises:
+        ValueError: Instead of what the model raises.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError:  # of which the size of a step is to blame, and which running batches would repeat
+        raise
+    except _FAILURES:
+        for index, batch in enumerate(batches):
+            with torch.no_grad():
+                called(model, batch, f"the model fails on batches[{index}]", _AS_TAKEN)
+        raise
+
+
+def called(model: nn.Module, batch: Batch, what: str, fix: str) -> Any:
+    """A model's output on one batch.
+
+    Raises:
+        ValueError: Saying what failed, why, and what to do, where the model fails on it.
+    """
     try:
         return call(model, batch)
-    except (RuntimeError, TypeError, ValueError, IndexError, AssertionError) as error:
+    except _FAILURES as error:
         ids = _integers(batch) if isinstance(error, IndexError) else ""
         raise ValueError(f"{what}: {error}{ids}; {fix}") from error
 

@@ -29,6 +29,10 @@ class Config:
 
     def __post_init__(self) -> None:
         """Refuse values that no run can use."""
+        for field in fields(self):
+            value, whole = getattr(self, field.name), field.type is int
+            if isinstance(value, bool) or not isinstance(value, int if whole else int | float):
+                raise TypeError(f"{field.name} must be a {'whole ' if whole else ''}number, got {value!r}")
         for name, least in (("steps", 0), ("batch", 1), ("sample", 1), ("capacity", 1), ("rounds", 1)):
             value = getattr(self, name)
             if not least <= value < math.inf:  # which nan is not either

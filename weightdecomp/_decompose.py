@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from weightdecomp._attack import Ablation
 from weightdecomp._batches import Batch, digest, tensors
-from weightdecomp._check import checked
+from weightdecomp._check import check_seed, checked, unreadable_named
 from weightdecomp._checkpoint import Checkpoint
 from weightdecomp._circuits import activity, grouped
 from weightdecomp._config import Config
@@ -102,6 +102,7 @@ def decompose(
         price ours.
     """
     config = config or Config()
+    check_seed(seed)
     kept, metric = checked(model, batches, tolerance, divergence)
     found, skipped = find_sites(model, kept[0], sites)
     key = _run_key(model, kept, found, tolerance, metric, seed, config)
@@ -112,7 +113,7 @@ def decompose(
     saved = Checkpoint(checkpoint, key, processes)
     rng = torch.Generator(device=tensors(kept[0])[0].device).manual_seed(seed)
     bar = Progress(len(found) + config.steps + 3, on_step, progress and processes.index == 0)
-    with bar, _resumable(checkpoint):
+    with bar, _resumable(checkpoint), unreadable_named(model, kept):
         bar.now("recording")
         sample = taken(model, kept, found, metric, config.sample, rng, processes)
         starts = _starts(bar, saved, model, sample, found, metric, tolerance, config, processes)

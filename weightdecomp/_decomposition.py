@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from weightdecomp._attack import Ablation
 from weightdecomp._batches import Batch, read_batches, size
+from weightdecomp._check import unreadable_named
 from weightdecomp._circuits import Circuit, Member, circuit
 from weightdecomp._config import Config
 from weightdecomp._cost import Cost
@@ -351,7 +352,9 @@ class Decomposition:
         """
         from weightdecomp._verify import verification
 
-        return verification(self, batches, **options)
+        read = self.read(batches)
+        with unreadable_named(self.target, read):
+            return verification(self, read, **options)
 
     def edit(
         self,

@@ -8,13 +8,14 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from weightdecomp._batches import Batch, call
+from weightdecomp._batches import Batch, call, checked_batch
+from weightdecomp._check import check_model, check_module
 from weightdecomp._divergence import output_tensor
 from weightdecomp._split import matrix, sharing_copy
 
 
 class _Affine(NamedTuple):
-    """What a norm does last: times a gain, plus a shift."""
+    """What a norm does last: times a gain, plus a shift, in single precision or better."""
 
     gain: Float[Tensor, " d"]
     shift: Float[Tensor, " d"] | None
@@ -73,15 +74,21 @@ def fold_norms(model: nn.Module, batch: Batch) -> nn.Module:
     `W (g * n + b) + c = (W diag(g)) n + (c + W b)`: the gain and shift of a LayerNorm or RMSNorm go into the linear
     modules that read it. That is exact where nothing else reads the norm, as a forward pass on the batch shows; other
     norms, such as those whose output is also the residual stream, stay as they are. A head that is tied to the
-    embedding is so no longer.
+    embedding is so no longer. Outputs are equal to rounding: in half precision that is about as far as the model's own
+    are from those of its weights in float32.
 
     Args:
         model: Any module in eval mode; it is not changed. The copy shares what is not folded.
         batch: One batch, to see what reads what.
 
     Raises:
-        ValueError: If there is no norm that can be folded, or the copy's output differs by more than rounding.
+        ValueError: If `decompose` would refuse the model or the batch, there is no norm that can be folded, or the
+            copy's output differs by more than rounding.
+        TypeError: For what is no module, or no batch.
     """
+    check_module(model)
+    batch = checked_batch(batch, model, "batch")
+    check_model(model, batch)
     twin = sharing_copy(model)
     modules = dict(twin.named_modules())
     affine = {path: found for path, module in modules.items() if (found := _affine(module)) is not None}
@@ -97,7 +104,8 @@ def fold_norms(model: nn.Module, batch: Batch) -> nn.Module:
         difference = float((output_tensor(call(twin, batch)) - before).abs().max() / before.abs().max())
     # The norms of transformers compute in single precision whatever the model's.
     if not difference < max(1e-5, torch.finfo(before.dtype).eps ** 0.75):
-        raise ValueError(f"fold_norms: the output would change by {difference:.1e} of its size; leave the norms")
+        wider = " or load the model in float32" if torch.finfo(before.dtype).bits < 32 else ""
+        raise ValueError(f"fold_norms: the output would change by {difference:.1e} of its size; leave the norms{wider}")
     return twin
 
 
@@ -133,7 +141,10 @@ def _affine(module: Any) -> _Affine | None:
     named = type(module).__name__.endswith(("RMSNorm", "LayerNorm"))
     if not named or not isinstance(weight, nn.Parameter) or weight.ndim != 1:
         return None
-    x = torch.linspace(-1, 2, 3 * len(weight), dtype=weight.dtype, device=weight.device).sin().reshape(3, -1)
+    # In half precision rounding would hide what the norm does.
+    precise = torch.promote_types(weight.dtype, torch.float32)
+    module = copy.deepcopy(module).to(precise)
+    x = torch.linspace(-1, 2, 3 * len(weight), dtype=precise, device=weight.device).sin().reshape(3, -1)
     plain = copy.deepcopy(module)
     with torch.no_grad():
         if bias is not None:
@@ -142,8 +153,8 @@ def _affine(module: Any) -> _Affine | None:
         # Gemma's norms multiply by one plus their weight.
         neutral = 0.0 if plain(x).any() else 1.0
         plain.weight.fill_(neutral)
-        gain = weight.detach() + (1 - neutral)
-        shift = None if bias is None else bias.detach()
+        gain = module.weight.detach() + (1 - neutral)
+        shift = None if bias is None else module.bias.detach()
         same = torch.allclose(plain(x) * gain + (0 if shift is None else shift), module(x), rtol=1e-4, atol=1e-5)
     return _Affine(gain, shift, neutral) if same else None
 
@@ -153,11 +164,12 @@ def _fold(module: Any, affine: _Affine) -> None:
     weight = matrix(module)
     assert weight is not None
     with torch.no_grad():
-        folded = weight * affine.gain
+        # Rounded once, at the end.
+        folded = (weight * affine.gain).to(weight.dtype)
         if affine.shift is not None:
-            moved = weight @ affine.shift
+            moved = weight.to(affine.shift.dtype) @ affine.shift
             own = moved if module.bias is None else module.bias + moved
-            module.bias = nn.Parameter(own, requires_grad=weight.requires_grad)
+            module.bias = nn.Parameter(own.to(weight.dtype), requires_grad=weight.requires_grad)
     folded = folded if isinstance(module, nn.Linear) else folded.T.contiguous()
     module.weight = nn.Parameter(folded, requires_grad=weight.requires_grad)
 

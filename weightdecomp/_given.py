@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from weightdecomp._batches import Batch, joined, select, size, tensors
+from weightdecomp._batches import Batch, joined, read_batches, select, size, tensors
 from weightdecomp._figures import Images
 from weightdecomp._fold import fold_norms
 from weightdecomp._loading import loaded_batches, loaded_labels, loaded_model
@@ -17,6 +17,8 @@ from weightdecomp._split import Rows, split
 from weightdecomp._tokens import sampled_batches, text_batches, token_batches
 from weightdecomp._vocabulary import Vocabulary, vocabulary
 
+_PAIRS = r"\w+:\d+(?:,\w+:\d+)*"
+_ROWS = re.compile(rf"(?:\(({_PAIRS})\)|({_PAIRS}))(?:\*(\d{{1,4}}))?")
 _LENGTH = 128  # tokens an input, unless given
 
 
@@ -35,9 +37,17 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     data.add_argument("--text", type=Path, metavar="FILE", help="UTF-8 text, cut into inputs of --length tokens")
     data.add_argument("--tokens", type=Path, metavar="FILE", help=".npy file of token ids, one row an input")
     data.add_argument("--sample", type=int, metavar="N", help="N sequences that the language model writes itself")
-    parser.add_argument("--sample-seed", type=int, metavar="N", help=_SAMPLE_SEED)
+    parser.add_argument("--sample-seed", type=seed, metavar="N", help=_SAMPLE_SEED)
     parser.add_argument("--length", type=int, metavar="N", help=f"tokens an input, of --text and --sample ({_LENGTH})")
     parser.add_argument("--tokenizer", type=Path, metavar="DIR", help="for --text; default: the --hf directory's own")
+
+
+def seed(word: str) -> int:
+    """A seed as it is given on the command line."""
+    found = int(word)
+    if not 0 <= found < 2**32:
+        raise argparse.ArgumentTypeError(f"expected a number from 0 to 2^32 - 1, got {found}")
+    return found
 
 
 def add_vocabulary(parser: argparse.ArgumentParser) -> None:
@@ -57,7 +67,7 @@ def model_and_batches(given: argparse.Namespace) -> tuple[nn.Module, Iterable[Ba
     if given.split is not None:
         model = split(model, _rows(given.split))
     if given.fold_norms:
-        batches = list(batches)
+        batches = read_batches(batches, model)
         model = fold_norms(model, batches[0])
     return model, batches
 
@@ -127,13 +137,16 @@ def _rows(words: Sequence[str]) -> dict[str, Rows] | None:
     found: dict[str, Rows] = {}
     for word in words:
         pattern, _, rest = word.partition("=")
-        match = re.fullmatch(r"\(?(\w+:\d+(?:,\w+:\d+)*)\)?(?:\*(\d+))?", rest)
+        match = _ROWS.fullmatch(rest)
         if match is None:
             raise ValueError(
-                f"--split: expected PATTERN=name:rows,name:rows or PATTERN=(name:rows,name:rows)*heads, got {word!r}"
+                "--split: expected PATTERN=name:rows,name:rows or PATTERN=(name:rows,name:rows)*heads, of at most 9999 "
+                f"heads, got {word!r}"
             )
-        pairs = [pair.split(":") for pair in match[1].split(",")]
-        found[pattern] = [(name, int(size)) for name, size in pairs] * int(match[2] or 1)
+        if pattern in found:
+            raise ValueError(f"--split: {pattern!r} is given twice; name all its rows at once")
+        pairs = [pair.split(":") for pair in (match[1] or match[2]).split(",")]
+        found[pattern] = [(name, int(size)) for name, size in pairs] * int(match[3] or 1)
     return found
 
 

@@ -27,10 +27,10 @@ def configuration(folder: Path) -> Any:
         found = sorted(path.name for path in folder.iterdir())
         raise ValueError(f"'{folder}' has no config.json; it holds {found[:_LISTED] or 'nothing'}")
     document = _json(folder / "config.json")
-    transformers = _transformers()
-    if document.get("model_type") not in transformers.CONFIG_MAPPING:
+    transformers, named = _transformers(), document.get("model_type")
+    if not isinstance(named, str) or named not in transformers.CONFIG_MAPPING:
         raise ValueError(
-            f"'{folder}/config.json' has model_type {document.get('model_type')!r}, which transformers "
+            f"'{folder}/config.json' has model_type {named!r}, which transformers "
             f"{transformers.__version__} does not have; load the model by --model and --weights"
         )
     try:
@@ -67,6 +67,15 @@ def _json(path: Path, kind: type = dict) -> Any:
     return found
 
 
+def remedy(config: Any) -> str:
+    """What to do where no model can be made from a configuration."""
+    if getattr(config, "quantization_config", None) is not None:
+        return "the weights are quantised: dequantise the model where it can be loaded, and save it in float32"
+    if (attention := config._attn_implementation) not in (None, "eager", "sdpa"):
+        return f'set "attn_implementation" to "sdpa" or "eager" there, in place of {attention!r}'
+    return "restore the file"
+
+
 def model_class(config: Any, folder: Path) -> Any:
     """The class of `transformers` that a configuration names.
 
@@ -98,7 +107,7 @@ def check_weights(folder: Path) -> None:
     index = folder / "model.safetensors.index.json"
     if index.exists():
         places = _json(index).get("weight_map")
-        if not isinstance(places, dict) or not places:
+        if not isinstance(places, dict) or not places or not all(isinstance(shard, str) for shard in places.values()):
             raise ValueError(f"'{index}' has no weight_map, which says what each shard holds; restore the file")
         shards = sorted(set(places.values()))
         missing = [shard for shard in shards if not (folder / shard).exists()]
@@ -149,7 +158,12 @@ def pooling(folder: Path) -> tuple[str | None, bool]:
     """
     if not (folder / "modules.json").exists():
         return None, False
-    kinds = {entry["type"].split(".")[-1]: entry["path"] for entry in _json(folder / "modules.json", list)}
+    entries = _json(folder / "modules.json", list)
+    if not all(isinstance(one, dict) and {"type", "path"} <= one.keys() for one in entries):
+        raise ValueError(
+            f"'{folder}/modules.json' holds {entries}, expected modules with a type and a path; restore the file"
+        )
+    kinds = {str(entry["type"]).split(".")[-1]: str(entry["path"]) for entry in entries}
     others = sorted(kinds.keys() - {"Transformer", "Pooling", "Normalize"})
     settings = _json(folder / kinds["Pooling"] / "config.json") if "Pooling" in kinds else {}
     # Files name modes by flags or, since sentence-transformers 5.5, by one word.

@@ -3,7 +3,7 @@
 import importlib
 import os
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -43,13 +43,25 @@ def loaded_batches(name: str) -> Iterable[Batch]:
         name: `package.module:function`; it is called without arguments.
 
     Raises:
-        ValueError: If the name leads nowhere or the function fails.
+        ValueError: If the name leads nowhere, or the function or the reading of its batches fails.
         TypeError: If the name is no function, or what it returns cannot be iterated over.
     """
     batches = _called(name, "--data", "a function that returns batches")
     if not isinstance(batches, Iterable):
         raise TypeError(f"--data: {name!r} returned {_kind(batches)}, expected an iterable of batches")
-    return batches
+    if isinstance(batches, Tensor | Mapping):
+        raise TypeError(f"--data: {name!r} returned one batch ({_kind(batches)}), expected several; return [batch]")
+    read = _read(batches, name)
+    # Only an iterator may be endless, which `decompose` reads no further than it needs.
+    return read if iter(batches) is batches else list(read)
+
+
+def _read(batches: Iterable[Batch], name: str) -> Iterator[Batch]:
+    """The user's batches, one by one."""
+    try:
+        yield from batches
+    except Exception as error:  # the user's code may raise anything; the message says where
+        raise ValueError(f"--data: reading the batches of {name!r} failed: {_told(error)}") from error
 
 
 def loaded_labels(name: str) -> Tensor:

@@ -3,6 +3,7 @@
 import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from weightdecomp._divergence import output_tensor
-from weightdecomp._hf_files import check_report, check_weights, configuration, model_class, pooling, told
+from weightdecomp._hf_files import check_report, check_weights, configuration, model_class, pooling, remedy, told
 
 _LISTED = 5  # ids in one message
 
@@ -63,10 +64,30 @@ class Pretrained(nn.Module):
         """Its class and where it comes from, for readers."""
         return f"{type(self.inner).__name__} of {self.directory.resolve().name}"
 
-    @property
+    @cached_property
     def context(self) -> int | None:
-        """Most positions that the configuration allows; None where it does not say."""
-        return getattr(self.config, "max_position_embeddings", None)
+        """Most positions that it reads; None where the configuration does not say."""
+        most = getattr(self.config.get_text_config(), "max_position_embeddings", None)
+        tables = [module for path, module in self.named_modules() if path.endswith("position_embeddings")]
+        # RoBERTa and its kin count positions from the row after the one for padding.
+        before = [row + 1 for table in tables if (row := getattr(table, "padding_idx", None)) is not None]
+        return most if most is None else most - max(before, default=0)
+
+    @property
+    def start(self) -> int | None:
+        """The token that begins a text; None where the configuration does not say."""
+        return getattr(self.config.get_text_config(), "bos_token_id", None)
+
+    def check_text(self) -> None:
+        """Refuse a model of something else than text.
+
+        Raises:
+            ValueError: With what it reads.
+        """
+        if (read := self.inner.main_input_name) != "input_ids":
+            raise ValueError(
+                f"a {type(self.inner).__name__} reads {read}, not token ids; give batches of them as --data"
+            )
 
     def check_length(self, length: int, what: str) -> None:
         """Refuse inputs that are longer than the context.
@@ -138,7 +159,8 @@ def load_hf(directory: str | Path, *, dtype: torch.dtype = torch.float32) -> Pre
         dtype: What weights are converted to; half precision is slow on CPUs.
 
     Returns:
-        The model in eval mode, on the CPU. Attention is computed with plain matrix products.
+        The model in eval mode, on the CPU. Attention is computed as the configuration says, else by torch's
+        `scaled_dot_product_attention` where the architecture has that.
 
     Raises:
         ValueError: If the directory is incomplete, holds weights of another architecture, or only pickled ones.
@@ -164,7 +186,7 @@ def load_hf(directory: str | Path, *, dtype: torch.dtype = torch.float32) -> Pre
         raise ValueError(f"the weights in '{folder}' cannot be read: {error}; copy them again") from error
     except Exception as error:  # what settings that do not go together make the class raise has no bound
         raise ValueError(
-            f"no {kind.__name__} can be made from '{folder}/config.json' ({told(error)}); restore the file"
+            f"no {kind.__name__} can be made from '{folder}/config.json' ({told(error)}); {remedy(config)}"
         ) from error
     check_report(report, kind.__name__, folder)
     return Pretrained(model, folder, pooled, normalised).eval()

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from weightdecomp import _storage
+from weightdecomp._check import check_module
 from weightdecomp._config import Config
 from weightdecomp._cost import Cost
 from weightdecomp._divergence import named
@@ -68,8 +69,10 @@ def load(
         divergence: The callable, if the run was given one of the user's own.
 
     Raises:
+        TypeError: For what is no module.
         ValueError: For another model, a newer format, unknown settings, or a damaged file; nothing is unpickled.
     """
+    check_module(model)
     tensors, document = _storage.read(Path(directory), _KIND)
     try:
         return _assembled(directory, model, tensors, document, divergence)

@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from weightdecomp._check import check_module
+
 Rows = Sequence[tuple[str, int]]  # names and numbers of output rows, in the matrix' order; names may come again
 
 
@@ -138,10 +140,16 @@ def split(model: nn.Module, rows: Mapping[str, Rows] | None = None) -> nn.Module
             Phi-3, and `torch.nn.MultiheadAttention` (parts q, k, v, out).
 
     Raises:
-        ValueError: If nothing matches, or the rows do not add up to the matrix.
+        ValueError: If nothing matches, two patterns match one matrix, or the rows do not add up to the matrix.
+        TypeError: For what is no module, or no dict.
     """
+    check_module(model)
+    if rows is not None and not isinstance(rows, Mapping):
+        raise TypeError(
+            f"split: rows must be a dict, as in {{'*.qkv': [('q', 64), ('k', 64)]}}, got {type(rows).__name__}"
+        )
     twin = sharing_copy(model)
-    found = dict(_known(twin) if rows is None else _asked(twin, rows))
+    found = dict(_known(twin)) if rows is None else _asked(twin, rows)
     if not found:
         raise ValueError(
             "split: no fused matrix of a known layout in this model; name its rows, as in "
@@ -173,8 +181,9 @@ def sharing_copy(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model, {id(x): x for x in (*model.parameters(), *model.buffers())})
 
 
-def _asked(model: nn.Module, rows: Mapping[str, Rows]) -> Iterator[tuple[str, nn.Module]]:
+def _asked(model: nn.Module, rows: Mapping[str, Rows]) -> dict[str, nn.Module]:
     """What the user's patterns name, split."""
+    found, pattern_of = dict[str, nn.Module](), dict[str, str]()
     linear = {path: module for path, module in model.named_modules() if path and matrix(module) is not None}
     for pattern, own in rows.items():
         paths = fnmatch.filter(linear, pattern)
@@ -182,8 +191,13 @@ def _asked(model: nn.Module, rows: Mapping[str, Rows]) -> Iterator[tuple[str, nn
             near = get_close_matches(pattern, linear, n=3, cutoff=0.0)
             raise ValueError(f"split: no linear module at {pattern!r}; did you mean one of {near}?")
         for path in paths:
+            if path in found:
+                raise ValueError(
+                    f"split: {pattern_of[path]!r} and {pattern!r} both match {path!r}; name it by one of them"
+                )
             _check(path, own, linear[path])
-            yield path, Split(linear[path], own)
+            found[path], pattern_of[path] = Split(linear[path], own), pattern
+    return found
 
 
 def _check(path: str, rows: Any, module: nn.Module) -> None:
@@ -227,7 +241,7 @@ def _known(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         for name, child in module.named_children():
             layout = _LAYOUTS.get((type(module).__name__, name))
             # Layers that read another sequence have matrices of other layouts under the same names.
-            if layout is not None and not getattr(module, "is_cross_attention", False):
+            if layout is not None and matrix(child) is not None and not getattr(module, "is_cross_attention", False):
                 yield f"{path}.{name}".lstrip("."), Split(child, layout(module))
 
 

@@ -11,7 +11,9 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
-from weightdecomp._hf_files import check_directory
+from weightdecomp._check import called, check_finite, check_seed
+from weightdecomp._divergence import output_tensor
+from weightdecomp._hf_files import check_directory, told
 from weightdecomp._pretrained import Pretrained
 from weightdecomp._storage import nearest
 
@@ -47,8 +49,8 @@ def tokenizer(directory: str | Path) -> Any:
         raise ImportError("tokenizers need transformers: pip install 'weightdecomp[hf]'") from error
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"the tokenizer in '{folder}' cannot be read: {error}") from error
+    except Exception as error:  # what damaged files make the reader raise has no bound
+        raise ValueError(f"the tokenizer in '{folder}' cannot be read ({told(error)}); restore its files") from error
 
 
 def has_tokenizer(directory: str | Path) -> bool:
@@ -77,6 +79,7 @@ def text_batches(
     Raises:
         ValueError: If the file is missing, empty, not UTF-8 or too short, or the tokenizer does not suit the model.
     """
+    _check_text(model)
     directory = _tokenizer_directory(model, tokenizer_from)
     made = tokenizer(directory)
     text = _text(Path(path))
@@ -86,7 +89,12 @@ def text_batches(
     _check_length(model, length)
     lead = made("", verbose=False)["input_ids"]
     found = made(text, add_special_tokens=False, verbose=False)["input_ids"]
-    if len(found) < (own := length - len(lead)) or own < 1:
+    if (own := length - len(lead)) < 1:
+        raise ValueError(
+            f"--length (length=): {length} leaves no room for text, as the tokenizer in '{directory}' puts {len(lead)} "
+            "in front of it; give more"
+        )
+    if len(found) < own:
         raise ValueError(f"'{path}' has {len(found)} tokens, fewer than one input of {length}; give more text")
     rows = torch.tensor(found[: len(found) // own * own]).reshape(-1, own)
     rows = torch.cat([torch.tensor(lead, dtype=torch.long).expand(len(rows), -1), rows], 1)
@@ -102,6 +110,11 @@ def _tokenizer_directory(model: nn.Module, given: str | Path | None) -> str | Pa
     raise ValueError(
         f"a {type(model).__name__} has no tokenizer; give the directory of one as --tokenizer (tokenizer_from=)"
     )
+
+
+def _check_text(model: nn.Module) -> None:
+    if isinstance(model, Pretrained):
+        model.check_text()
 
 
 def _check_vocabulary(model: nn.Module, made: Any, directory: str | Path) -> None:
@@ -158,6 +171,7 @@ def token_batches(model: nn.Module, path: str | Path) -> list[Int64[Tensor, "bat
     Raises:
         ValueError: If the file is no array of integers (input, position), or the model cannot take its ids.
     """
+    _check_text(model)
     file = Path(path)
     _check_file(file, "a .npy file")
     with file.open("rb") as stream:
@@ -170,6 +184,8 @@ def token_batches(model: nn.Module, path: str | Path) -> list[Int64[Tensor, "bat
     if not isinstance(array, np.ndarray) or array.ndim != 2 or not array.size or array.dtype.kind not in "iu":
         came = f"{array.dtype} {array.shape}" if isinstance(array, np.ndarray) else type(array).__name__
         raise ValueError(f"'{file}' holds {came}, expected integers (input, position)")
+    if (largest := int(array.max())) > torch.iinfo(torch.int64).max:
+        raise ValueError(f"'{file}' holds the id {largest}, which no vocabulary has; write the ids anew")
     rows = torch.from_numpy(array.astype(np.int64))
     _check_length(model, rows.shape[1], f"the rows of '{file}' have")
     _check_ids(model, rows, f"'{file}'")
@@ -191,15 +207,18 @@ def sampled_batches(
         seed: Of the draws.
 
     Raises:
-        ValueError: If there is no first token, or numbers are out of range.
+        ValueError: If there is no first token, numbers are out of range, or the model gives no logits that are finite.
+        TypeError: For a seed that is no whole number.
     """
+    check_seed(seed)
+    _check_text(model)
     _check_length(model, length)
     if n < 1:
         raise ValueError(f"the number of sequences must be at least 1, got {n}")
     if isinstance(model, Pretrained) and not model.causal:
         raise ValueError(f"a {type(model.inner).__name__} is no causal language model; give it text or tokens")
     if start is None:
-        start = model.config.bos_token_id if isinstance(model, Pretrained) else None
+        start = model.start if isinstance(model, Pretrained) else None
     if start is None:
         kind = type(model.inner if isinstance(model, Pretrained) else model).__name__
         raise ValueError(
@@ -210,18 +229,34 @@ def sampled_batches(
     rng = torch.Generator(device=device).manual_seed(seed)
     first = torch.full((n, 1), start, device=device)
     _check_ids(model, first, "start")
+    _check_logits(model, first[:1])
     return [_continued(model, rows, length, rng) for rows in first.split(_INPUTS)]
+
+
+def _check_logits(model: nn.Module, one: Tensor) -> None:
+    """Refuse a model that cannot write: its weights are not finite, or it gives no logits for a token."""
+    check_finite(model)
+    fix = "sampling takes a module that maps token ids to logits; give other inputs as --data"
+    with torch.no_grad():
+        logits = output_tensor(called(model, one, "the model fails on the first token of a sequence", fix))
+    if logits.shape[:2] != (1, 1) or logits.ndim != 3:
+        raise ValueError(
+            f"the model's output for one token has shape {tuple(logits.shape)}, expected logits (1, 1, token); {fix}"
+        )
 
 
 def _continued(model: nn.Module, rows: Tensor, length: int, rng: torch.Generator) -> Tensor:
     with torch.no_grad():
         while rows.shape[1] < length:
-            probabilities: Float[Tensor, "batch token"] = model(rows)[:, -1].float().softmax(-1)
+            logits = output_tensor(model(rows))[:, -1].float()
+            probabilities: Float[Tensor, "batch token"] = logits.softmax(-1)
+            if not torch.isfinite(probabilities).all():
+                raise ValueError("the model's output on what it wrote contains NaN or infinity; load it in float32")
             rows = torch.cat([rows, torch.multinomial(probabilities, 1, generator=rng)], 1)
     return rows
 
 
-def _check_length(model: nn.Module, length: int, what: str = "inputs would have") -> None:
+def _check_length(model: nn.Module, length: int, what: str = "--length (length=): inputs would have") -> None:
     if length < 1:
         raise ValueError(f"length must be at least 1, got {length}")
     if isinstance(model, Pretrained):

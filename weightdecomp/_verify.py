@@ -16,6 +16,7 @@ from torch import nn
 from weightdecomp._attack import Ablation, Part
 from weightdecomp._batches import Batch, joined, select, size, split, tensors
 from weightdecomp._certified import certified
+from weightdecomp._check import check_seed
 from weightdecomp._divergence import Divergence, output_tensor
 from weightdecomp._forward import Masks, Record, recorded
 from weightdecomp._nulls import NAMES, STEPS, Place, dense, null, places
@@ -96,6 +97,7 @@ def verification(
     for name, value in (("steps", steps), ("restarts", restarts), ("inputs", inputs)):
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
+    check_seed(seed)
     read = decomposition.read(batches)
     trial = _trial(decomposition, read, inputs, restarts)
     tolerance, n_inputs = decomposition.tolerance, sum(size(part.batch) for part in trial.parts)
