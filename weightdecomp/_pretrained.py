@@ -133,9 +133,10 @@ class Pretrained(nn.Module):
         At positions that `attention_mask` leaves out it returns zeros, so that nothing counts what it says of padding.
         """
         output, held = output_tensor(self.inner(*args, **self._options, **kwargs)), kwargs.get("attention_mask")
+        if self.pooling is None and held is not None and output.ndim == 3 and held.shape == output.shape[:2]:
+            return output * held[..., None].to(output.dtype)
         if self.pooling is None:
-            own = held is not None and output.ndim == 3 and held.shape == output.shape[:2]
-            return output * held[..., None].to(output.dtype) if own else output
+            return output
         pooled = _pooled(output, held, self.pooling)
         return F.normalize(pooled, dim=-1) if self.normalised else pooled
 

@@ -203,8 +203,9 @@ def site_rows(
 
 def _own_rows(rows: Float[Tensor, "*batch d_in"], held: Bool[Tensor, "input position"] | None) -> Tensor:
     """Numbers of the rows that are no padding."""
-    padded = held is not None and rows.shape[:2] == held.shape
-    return held.flatten().nonzero()[:, 0] if padded else torch.arange(rows[..., 0].numel(), device=rows.device)
+    if held is None or rows.shape[:2] != held.shape:
+        return torch.arange(rows[..., 0].numel(), device=rows.device)
+    return held.flatten().nonzero()[:, 0]
 
 
 def _per_row(divergence: Tensor, shape: Iterable[int]) -> Tensor:
