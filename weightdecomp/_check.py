@@ -13,6 +13,7 @@ from torch.nn.utils import parametrizations
 from weightdecomp._batches import Batch, call, named_parts, read_batches, select, tensors
 from weightdecomp._divergence import Divergence, choose, output_tensor
 from weightdecomp._pretrained import Pretrained
+from weightdecomp._processes import ProcessLost
 
 _STOCHASTIC = (
     nn.modules.dropout._DropoutNd,
@@ -173,7 +174,7 @@ def unreadable_named(model: nn.Module, batches: Sequence[Batch]) -> Iterator[Non
     """
     try:
         yield
-    except torch.OutOfMemoryError:  # of which the size of a step is to blame, and which running batches would repeat
+    except (torch.OutOfMemoryError, ProcessLost):  # no batch is to blame
         raise
     except _FAILURES:
         for index, batch in enumerate(batches):
