@@ -131,7 +131,7 @@ def circuit_graph(
     tally = Tally(n_inputs, circuits)
     for batch in _chunks(batches, probe):
         trace = traced(model, sites, readers(cast), batch)
-        importances = component_gates(decomposition, cast, trace) if units is None else unit_gates(cast, trace)
+        importances = component_gates(decomposition, cast, trace, batch) if units is None else unit_gates(cast, trace)
         if components == "all":
             importances = {path: [torch.ones_like(x) for x in calls] for path, calls in importances.items()}
         choice = Choice(

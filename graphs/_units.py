@@ -10,7 +10,7 @@ from torch import Tensor
 from graphs._trace import Event, Trace, by_position
 from weightdecomp import Decomposition
 from weightdecomp.baselines import Bank, Fitted
-from weightdecomp.engine import Operands, Pieces, Record, Site, tensor_digest
+from weightdecomp.engine import Batch, Operands, Pieces, Record, Site, tensor_digest, unpadded
 
 Gates = dict[str, list[Tensor]]  # per site and call, importances (*batch, unit)
 
@@ -73,13 +73,13 @@ def of_components(decomposition: Decomposition, collapse: bool) -> dict[str, Uni
     return found
 
 
-def component_gates(decomposition: Decomposition, units: Mapping[str, Units], trace: Trace) -> Gates:
-    """Gates of components, or the largest of each circuit's."""
+def component_gates(decomposition: Decomposition, units: Mapping[str, Units], trace: Trace, batch: Batch) -> Gates:
+    """Gates of components on the batch that was traced, or the largest of each circuit's."""
     operands: dict[str, list] = {site.path: [] for site in decomposition.sites}
     for event in trace.events:
         operands[event.site.path].append(tuple(x.detach() if isinstance(x, Tensor) else x for x in event.operands))
     with torch.no_grad():
-        found = decomposition.gates_on(Record(trace.returned, operands))
+        found = decomposition.gates_on(Record(trace.returned, operands, unpadded(batch)))
     return {path: [_largest(gate, units[path]) for gate in calls] for path, calls in found.items()}
 
 

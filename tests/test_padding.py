@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
+import graphs
 import weightdecomp as wd
 from tests.models import QUICK, ids
 
@@ -99,3 +100,11 @@ def test_an_edit_is_reported_as_without_padding(decomposition: wd.Decomposition)
     for name in ("mean", "worst", "flipped"):
         one, other = (getattr(report.rows[0].on_target, name) for report in (without, filled))
         assert_close(one, other, rtol=1e-4, atol=1e-7)
+
+
+def test_a_circuit_graph_has_no_components_at_padding(decomposition: wd.Decomposition):
+    graph = graphs.circuit_graph(decomposition, padded(1, fill=9), positions=True)
+
+    found = {data["position"] for _, data in graph.nodes(data=True) if data["kind"] == "component"}
+    assert found
+    assert max(found) < LENGTH

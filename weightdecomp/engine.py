@@ -4,7 +4,7 @@ Not part of the surface for users, which is `weightdecomp` itself; it may change
 """
 
 from weightdecomp._attack import Ablation, Part, ablated_divergence, attacked
-from weightdecomp._batches import Batch, call, read_batches, select, size, tensors
+from weightdecomp._batches import Batch, call, read_batches, select, size, tensors, unpadded
 from weightdecomp._batches import digest as batch_digest
 from weightdecomp._decomposition import Parts
 from weightdecomp._divergence import Divergence, output_tensor
@@ -38,4 +38,5 @@ __all__ = [
     "size",
     "tensor_digest",
     "tensors",
+    "unpadded",
 ]
