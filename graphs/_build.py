@@ -9,7 +9,6 @@ A component that is not shown belongs to its site's remainder, so nothing is lef
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from importlib.metadata import PackageNotFoundError, version
 from operator import index
 from typing import Any, SupportsIndex
 
@@ -34,6 +33,7 @@ from weightdecomp.engine import (
     batch_digest,
     call,
     output_tensor,
+    package_version,
     select,
     size,
     tensor_digest,
@@ -291,14 +291,6 @@ def _about(
         "pruning": [],
         "scores": [],
     }
-
-
-def package_version() -> str:
-    """Version of the installed package."""
-    try:
-        return version("weightdecomp")
-    except PackageNotFoundError:
-        return "unknown"
 
 
 def fingerprint(decomposition: Decomposition) -> str:

@@ -8,10 +8,10 @@ import networkx as nx
 import torch
 from scipy.optimize import linear_sum_assignment
 
-from graphs._build import SCHEMA_VERSION, package_version
+from graphs._build import SCHEMA_VERSION
 from graphs._select import check_same
 from weightdecomp import Decomposition
-from weightdecomp.engine import Pieces
+from weightdecomp.engine import Pieces, package_version
 
 _KEPT = ("kind", "site", "index", "call", "position", "layer", "order", "title", "circuit", "reads", "writes")
 

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from bilinear import Layer
-from graphs._build import SCHEMA_VERSION, package_version
+from graphs._build import SCHEMA_VERSION
 from graphs._influence import influences
-from weightdecomp.engine import tensor_digest
+from weightdecomp.engine import package_version, tensor_digest
 
 _AT_ONCE = 1 << 24  # entries in memory
 _ONE = "one"  # the constant coordinate

@@ -21,6 +21,7 @@ from tests.browser import Browser
 from tests.graph_models import decomposed_exactly, relu_batches, relu_net
 from weightdecomp import digits
 from weightdecomp.__main__ import main
+from weightdecomp.engine import batch_digest
 
 HOSTILE = '</script><img src=x onerror="document.title=1">'
 MODEL = ["--model", "tests.graph_models:relu_net", "--data", "tests.graph_models:relu_batches"]
@@ -136,6 +137,15 @@ def test_heading_and_recipe_name_the_class_and_the_directory_of_a_checkpoint(tex
 
     assert told.startswith("# LlamaForCausalLM of model, decomposed")
     assert "\nmodel: LlamaForCausalLM of model\n" in told
+
+
+def test_the_recipe_tells_what_the_run_was_made_from(texts: Path):
+    told = dict(line.split(": ", 1) for line in (texts / "run" / "report.md").read_text().splitlines() if ": " in line)
+    ids = torch.from_numpy(np.load(texts / "ids.npy"))
+
+    assert told["seed of the run"] == "0"
+    assert told["inputs of the run"] == f"16, sha256 {batch_digest([ids])}"
+    assert told["version of the run"] == version("weightdecomp")
 
 
 def test_the_recipe_tells_versions_and_every_flag_that_was_given(saved: Path):

@@ -46,6 +46,7 @@ def test_loading_gives_what_was_saved_bit_by_bit(decomposed: wd.Decomposition, s
     assert torch.equal(loaded.ablate(inputs, masks), decomposed.ablate(inputs, masks))
     assert str(loaded) == str(decomposed)
     assert loaded.outcome == decomposed.outcome
+    assert loaded.outcome.made is not None
     assert loaded.config == decomposed.config
     assert loaded.skipped == decomposed.skipped
     assert [one.members for one in loaded.circuits] == [one.members for one in decomposed.circuits]

@@ -16,7 +16,7 @@ Not here: training gate networks, choosing a divergence from labels, decomposing
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,7 +25,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from weightdecomp._attack import Ablation
-from weightdecomp._batches import Batch, digest, tensors
+from weightdecomp._batches import Batch, digest, size, tensors
 from weightdecomp._check import check_seed, checked, unreadable_named
 from weightdecomp._checkpoint import Checkpoint
 from weightdecomp._circuits import activity, grouped
@@ -37,6 +37,7 @@ from weightdecomp._fit import Start, chosen_start
 from weightdecomp._frame import Frame, frame
 from weightdecomp._gatekeeper import REVIEW, Gated, frequencies
 from weightdecomp._ledger import value_bits
+from weightdecomp._made import Made, package_version
 from weightdecomp._null import effort, null_effort
 from weightdecomp._pieces import Pieces
 from weightdecomp._processes import Processes, ProcessLost
@@ -127,7 +128,8 @@ def decompose(
         on = {path: processes.rows(rows.byte()) > 0 for path, rows in activity(best.gated.importances).items()}
         parts = _parts(best, frequencies(best.gated.importances, processes), begun.names)
         dense = value_bits(tolerance) * sum(_rank(own) for own in begun.pieces.values())
-    outcome = _outcome(best.gated, best.steps, dense, tolerance, spent, null, saved.cost())
+    made = Made(seed, sum(size(batch) for batch in kept), key["batches"], package_version())
+    outcome = replace(_outcome(best.gated, best.steps, dense, tolerance, spent, null, saved.cost()), made=made)
     if not outcome.converged:
         warnings.warn(outcome.reason, NumericalWarning, stacklevel=2)
     ranks = {path: part.pieces.ranks() for path, part in parts.items()}

@@ -20,6 +20,7 @@ from weightdecomp._divergence import Divergence
 from weightdecomp._edit import Selection, edited
 from weightdecomp._forward import Masks, Record, inner_activations, masked, recorded
 from weightdecomp._ledger import Ledger
+from weightdecomp._made import Made
 from weightdecomp._pieces import Pieces
 from weightdecomp._sites import Site, Skipped
 from weightdecomp._summary import summary
@@ -88,6 +89,7 @@ class Outcome:
         steps: Refinement steps that were kept.
         cost: Of the run, all its parts if it was resumed, which is no part of what outcomes are compared by; None
             where the components were given.
+        made: From what; None where the components were given.
     """
 
     converged: bool
@@ -101,6 +103,7 @@ class Outcome:
     dense_bits: float
     steps: int
     cost: Cost | None = field(default=None, compare=False)
+    made: Made | None = None
 
 
 class Decomposition:

@@ -1,7 +1,6 @@
 """The report on a decomposition: what it finds, as text and as Markdown."""
 
 from collections.abc import Mapping, Sequence
-from importlib.metadata import PackageNotFoundError, version
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -13,6 +12,7 @@ from weightdecomp._comparison import Comparison
 from weightdecomp._curve import Point
 from weightdecomp._decomposition import Decomposition
 from weightdecomp._figures import Images
+from weightdecomp._made import Made, package_version
 from weightdecomp._pretrained import Pretrained
 from weightdecomp._storage import digest as tensor_digest
 from weightdecomp._verification import Verification
@@ -147,15 +147,20 @@ def recipe(decomposition: Decomposition, batches: Sequence[Batch], words: Mappin
         "divergence": f"{decomposition.divergence.name} ({decomposition.divergence.reason})",
         "tolerance": f"{decomposition.tolerance:g}",
         "run": config,
+        **_made(decomposition.outcome.made),
         "inputs of this report": f"{sum(map(size, batches)):,}, sha256 {digest(batches)}",
         "report": ", ".join(f"{name} {value}" for name, value in flags.items()),
-        "weightdecomp": _version(),
+        "weightdecomp": package_version(),
         "torch": torch.__version__,
     }
 
 
-def _version() -> str:
-    try:
-        return version("weightdecomp")
-    except PackageNotFoundError:  # run from its folder, without being installed
-        return "not installed"
+def _made(made: Made | None) -> dict[str, str]:
+    """What the run was made from, where it is known."""
+    if made is None:
+        return {}
+    return {
+        "seed of the run": str(made.seed),
+        "inputs of the run": f"{made.inputs:,}, sha256 {made.sha256}",
+        "version of the run": made.version,
+    }

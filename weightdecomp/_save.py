@@ -14,6 +14,7 @@ from weightdecomp._config import Config
 from weightdecomp._cost import Cost
 from weightdecomp._divergence import named
 from weightdecomp._ledger import Ledger
+from weightdecomp._made import Made
 from weightdecomp._pieces import Pieces
 from weightdecomp._sites import Site, Skipped, bound_site
 
@@ -108,6 +109,7 @@ def _assembled(
     outcome = dict(document["outcome"])
     outcome["ledger"] = Ledger(**outcome["ledger"])
     outcome["cost"] = Cost(**outcome["cost"]) if outcome.get("cost") else None
+    outcome["made"] = Made(**outcome["made"]) if outcome.get("made") else None
     return Decomposition(
         model,
         sites,

@@ -10,6 +10,7 @@ from weightdecomp._decomposition import Parts
 from weightdecomp._divergence import Divergence, output_tensor
 from weightdecomp._edit import Selection
 from weightdecomp._forward import Operands, Record, masked, recorded, replaced
+from weightdecomp._made import package_version
 from weightdecomp._pieces import Pieces
 from weightdecomp._sites import Site
 from weightdecomp._storage import digest as tensor_digest
@@ -31,6 +32,7 @@ __all__ = [
     "call",
     "masked",
     "output_tensor",
+    "package_version",
     "read_batches",
     "recorded",
     "replaced",
