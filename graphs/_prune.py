@@ -121,7 +121,11 @@ def _with_edges(graph: nx.DiGraph, flow: dict[str, float], edges: int, recipe: d
     def staying(n: int) -> int:
         return _tied(graph, nodes, ranked[:n]).number_of_edges()
 
-    most = bisect_right(range(len(ranked) + 1), edges, lo=min(edges, len(ranked)), key=staying) - 1
+    low, step = min(edges, len(ranked)), 1
+    # Few edges dangle as a rule, so that the number is near.
+    while low + step <= len(ranked) and staying(low + step) <= edges:
+        low, step = low + step, 2 * step
+    most = bisect_right(range(len(ranked) + 1), edges, lo=low, hi=min(low + step, len(ranked) + 1), key=staying) - 1
     return _subgraph(graph, nodes, ranked[:most], recipe)
 
 
