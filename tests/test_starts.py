@@ -7,10 +7,8 @@ from torch.testing import assert_close
 
 from tests.models import drawn
 from weightdecomp._pieces import Pieces
-from weightdecomp._portfolio import portfolio
 from weightdecomp._starts import (
     Reach,
-    answer_start,
     column_line_start,
     column_start,
     coordinate_starts,
@@ -176,47 +174,6 @@ def test_an_exemplar_start_answers_to_its_own_direction_alone():
     contributions = inner[:, :3, None] * pieces.u[:3]
     assert_close(contributions.sum(1), directions @ reach.basis.T @ matrix.T)
     assert_close(inner[:, :3], inner[:, :3].diagonal().diag(), rtol=0, atol=1e-10)
-
-
-@given(**shapes, n=st.integers(1, 8))
-@settings(max_examples=40)
-def test_any_exemplars_of_the_outputs_sum_to_the_weights_on_the_inputs(
-    d_in: int, d_out: int, span: int, rank: int, seed: int, n: int
-):
-    """F1, also for directions that are too few, too many, or never written."""
-    matrix, rows = site(d_in, d_out, span, rank, seed)
-
-    pieces = answer_start(Reach(matrix, rows), torch.nn.functional.normalize(drawn(n, d_out, seed=seed + 4), dim=1))
-
-    assert_exact(pieces, matrix, rows)
-
-
-def test_the_outputs_basis_spans_them_uncorrelated():
-    matrix, rows = site(9, 5, 7, 3, seed=2)
-
-    along, power = Reach(matrix, rows).outputs()
-
-    outputs = rows @ matrix.T
-    assert_close(outputs @ along @ along.T, outputs)
-    assert_close((outputs @ along).T @ (outputs @ along) / len(rows), power.diag(), rtol=1e-9, atol=1e-9)
-
-
-def test_tokens_that_a_site_reads_are_found_below_what_it_does_not_read():
-    """Twelve tokens on as many directions of a stream that carries more, of which the site reads a hundredth."""
-    n, rest = 12, 20
-    turn = torch.linalg.qr(drawn(n + rest, n + rest, seed=6)).Q
-    token = torch.arange(1200) % n
-    matrix = torch.cat([drawn(n, n, seed=7), 0.01 * drawn(n, rest, seed=8)], 1) @ turn.T
-    rows = torch.cat([torch.eye(n).double()[token], drawn(1200, rest, seed=9)], 1) @ turn.T
-    reach, sensitivity = Reach(matrix, rows), drawn(8, n)
-
-    found = portfolio(matrix, reach, rows, torch.ones(1200).double(), sensitivity, 2 * n)
-
-    assert not any(name.startswith(f"exemplars {n} ") for name in found)
-    pieces = found[f"answers {n} at 0.9"].pieces
-    read = (torch.eye(n, n + rest).double() @ turn.T @ pieces.v.T).abs()
-    assert pieces.n == n
-    assert (read.max(1).values > 20 * read.sort(1).values[:, -2]).all()
 
 
 def test_inputs_without_effect_have_no_exemplars():

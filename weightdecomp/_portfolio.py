@@ -9,7 +9,7 @@ from torch import Tensor
 from weightdecomp._independent import independent
 from weightdecomp._pieces import Pieces, rank_one_pieces
 from weightdecomp._spans import span_start
-from weightdecomp._starts import Reach, answer_start, coordinate_starts, exemplar_start, exemplars, singular_starts
+from weightdecomp._starts import Reach, coordinate_starts, exemplar_start, exemplars, singular_starts
 
 _OFTEN = 1 / 3  # share of inputs from which a component counts as open often
 
@@ -58,13 +58,6 @@ def portfolio(
             # More exemplars than dimensions cannot each have a component that answers to it alone.
             held = some if n <= len(whole) else whole[:0]
             found[f"exemplars {n} at {family.agreement}"] = Member(exemplar_start(reach, some), held, fall)
-    along, power = reach.outputs()
-    # What a site does not read of its inputs hides lines in what it reads; where it reads all, nothing is hidden.
-    if 1 < len(power) < len(whole):
-        for family in exemplars(rows @ matrix.T @ along, power, hits, most):
-            for n, fall in family.cuts.items():
-                pieces = answer_start(reach, family.directions[:n] @ along.T)
-                found[f"answers {n} at {family.agreement}"] = Member(pieces, whole, fall)
     directions = independent(inner)
     if directions is not None and len(directions) <= most:
         found["independent"] = Member(exemplar_start(reach, directions), directions)

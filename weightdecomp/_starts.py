@@ -40,13 +40,6 @@ class Reach:
         self.power = power[kept].flip(-1).to(matrix.dtype)
         self.weight = matrix @ self.basis
 
-    def outputs(self) -> tuple[Float[Tensor, "d_out answer"], Float[Tensor, " answer"]]:
-        """Orthonormal columns that span the outputs, ordered by their mean square along each, and that."""
-        left, sizes, _ = torch.linalg.svd(self.weight * self.power.sqrt(), full_matrices=False)
-        power = sizes.square()
-        kept = power > _REACHED * power[0]
-        return left[:, kept], power[kept]
-
     def lifted(self, v: Tensor, u: Tensor) -> Pieces:
         """Pieces with v given in the basis, as pieces of the site."""
         return rank_one_pieces(v @ self.basis.T, u).balanced()
@@ -147,7 +140,7 @@ def exemplars(
     cone around its densest member.
 
     Args:
-        rows: Inputs of a site (or its outputs), in a basis in which their coordinates are uncorrelated.
+        rows: Inputs of a site, in a basis in which their coordinates are uncorrelated.
         power: Mean square of each coordinate.
         effects: Divergence of the final output when the whole site is ablated on that input.
         most: At most so many directions.
@@ -240,24 +233,11 @@ def exemplar_start(reach: Reach, directions: Float[Tensor, "exemplar reach"]) ->
     n = len(directions)
     v = torch.linalg.pinv(directions.T)
     u = directions @ reach.weight.T
-    if n >= u.shape[1]:
-        v = v + torch.linalg.pinv(u.T, rtol=1e-4) @ (reach.weight - u.T @ v)
-    return _completed(reach, v, u)
-
-
-def answer_start(reach: Reach, directions: Float[Tensor, "exemplar d_out"]) -> Pieces:
-    """Pieces that each write one exemplar of the outputs: v reads what of W belongs to it.
-
-    The v are the rows of the pseudo-inverse of the exemplars, times W. What the exemplars do not span is taken up by
-    singular pairs of the rest.
-    """
-    return _completed(reach, torch.linalg.pinv(directions.T) @ reach.weight, directions)
-
-
-def _completed(reach: Reach, v: Float[Tensor, "piece reach"], u: Float[Tensor, "piece d_out"]) -> Pieces:
-    """Pieces, and singular pairs of what they leave of W where that is more than rounding."""
-    missing = reach.weight - u.T @ v
-    if missing.norm() > 1e-5 * reach.weight.norm():
+    missing, rounding = reach.weight - u.T @ v, 1e-5 * reach.weight.norm()
+    if missing.norm() > rounding and n >= u.shape[1]:
+        v = v + torch.linalg.pinv(u.T, rtol=1e-4) @ missing
+        missing = reach.weight - u.T @ v
+    if missing.norm() > rounding:
         root = reach.power.sqrt()
         left, sizes, right = torch.linalg.svd(missing * root, full_matrices=False)
         kept = sizes > 1e-5 * sizes[0]
