@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from weightdecomp._batches import Batch, joined, select, share, size, tensors
@@ -192,20 +192,15 @@ def site_rows(
         hit = ablated_entirely(model, batch, [site], divergence, record.output)
         for operands in record.operands[site.path]:
             found = site.vectors(operands)
-            own = _own_rows(found, record.held)[: most - n]
-            rows.append(found.reshape(-1, found.shape[-1])[own])
-            effects.append(_per_row(hit, found.shape[:-1]).reshape(-1)[own].to(found.dtype))
+            effect = _per_row(hit, found.shape[:-1])
+            if record.held is not None and record.held.shape == found.shape[:2]:
+                found, effect = found[record.held], effect[record.held]
+            rows.append(found.reshape(-1, found.shape[-1])[: most - n])
+            effects.append(effect.reshape(-1)[: most - n].to(found.dtype))
             n += len(rows[-1])
         if n >= most:
             break
     return torch.cat(rows), torch.cat(effects)
-
-
-def _own_rows(rows: Float[Tensor, "*batch d_in"], held: Bool[Tensor, "input position"] | None) -> Tensor:
-    """Numbers of the rows that are no padding."""
-    if held is None or rows.shape[:2] != held.shape:
-        return torch.arange(rows[..., 0].numel(), device=rows.device)
-    return held.flatten().nonzero()[:, 0]
 
 
 def _per_row(divergence: Tensor, shape: Iterable[int]) -> Tensor:
