@@ -9,7 +9,8 @@ import weightdecomp as wd
 from weightdecomp._attack import Ablation, Part, attacked
 from weightdecomp._blame import blamed
 from weightdecomp._divergence import choose
-from weightdecomp._gatekeeper import Gatekeeper
+from weightdecomp._gatekeeper import Attacked, Gatekeeper
+from weightdecomp._ledger import Ledger
 from weightdecomp._pieces import Pieces
 from weightdecomp._sample import taken
 from weightdecomp._sites import find_sites
@@ -153,3 +154,25 @@ def test_a_run_withstands_attacks_longer_than_its_own():
     verified = found.verify([x[768:]], steps=320, nulls=False, bound=False)
 
     assert verified.damage < 2 * found.outcome.damage
+
+
+@pytest.mark.parametrize(("bits", "holds", "stays"), [(1.1, True, False), (1.3, True, True), (1.3, False, False)])
+def test_gates_are_hardened_where_that_is_cheap_or_a_long_attack_asks_for_it(
+    bits: float, holds: bool, stays: bool, monkeypatch: pytest.MonkeyPatch
+):
+    ablation, x = guarded(64)
+    sample = taken(ablation.model, [x], ablation.sites, ablation.divergence, 64, torch.Generator().manual_seed(0))
+    keeper = Gatekeeper(ablation, sample, 0.02, 0)
+    found = keeper.gates()
+    dearer = found._replace(ledger=Ledger(1, bits * found.ledger.per_input, 0.0, 0.0, 0.0))
+    monkeypatch.setattr(Gatekeeper, "_sought", lambda self, price, again: dearer)
+    lengths = list[int]()
+
+    def done(self: Gatekeeper, thresholds: object, on: Attacked, seed: int) -> float:
+        lengths.append(on.attack[0])
+        return 0.01 if holds else 0.03
+
+    monkeypatch.setattr(Gatekeeper, "_done", done)
+
+    assert keeper.hardened(found) is (found if stays else dearer)
+    assert lengths == ([80] if bits > 1.2 else [])

@@ -2,7 +2,8 @@
 
 1. Read the sample inputs and find the sites; refuse what cannot be decomposed, by name.
 2. Record the target on a sample: outputs, site inputs, and how sensitive the output is to each site.
-3. Choose a start for every site: exact decompositions made in closed form, the ledger deciding.
+3. Choose a start for every site: exact decompositions made in closed form, the ledger deciding; whether sites start
+   from sparse readings, where they have some, it decides for all of them together.
 4. Open the gates: per component the exact minimiser of damage + price x openings; the highest price is sought at
    which the adversarial damage meets the tolerance. There is no sparsity coefficient.
 5. Refine: gradient steps on the components under random and adversarial ablations, exact at every moment; after every
@@ -18,7 +19,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -26,6 +27,7 @@ from torch import Tensor, nn
 
 from weightdecomp._attack import Ablation
 from weightdecomp._batches import Batch, digest, size, tensors
+from weightdecomp._begun import begun, opened, site_starts
 from weightdecomp._check import check_seed, checked, unreadable_named
 from weightdecomp._checkpoint import Checkpoint
 from weightdecomp._circuits import activity, grouped
@@ -33,8 +35,6 @@ from weightdecomp._config import Config
 from weightdecomp._cost import Cost
 from weightdecomp._decomposition import Decomposition, Outcome, Parts
 from weightdecomp._divergence import Divergence
-from weightdecomp._fit import Start, chosen_start
-from weightdecomp._frame import Frame, frame
 from weightdecomp._gatekeeper import REVIEW, Gated, frequencies
 from weightdecomp._ledger import value_bits
 from weightdecomp._made import Made, package_version
@@ -43,8 +43,7 @@ from weightdecomp._pieces import Pieces
 from weightdecomp._processes import Processes, ProcessLost
 from weightdecomp._progress import Progress
 from weightdecomp._rounds import Refined, refined
-from weightdecomp._sample import Sample, dealt, taken
-from weightdecomp._sharded import stored
+from weightdecomp._sample import dealt, taken
 from weightdecomp._sites import Site, find_sites
 from weightdecomp._storage import digest as weights_digest
 
@@ -117,17 +116,18 @@ def decompose(
     with bar, _resumable(checkpoint), unreadable_named(model, kept):
         bar.now("recording")
         sample = taken(model, kept, found, metric, config.sample, rng, processes)
-        starts = _starts(bar, saved, model, sample, found, metric, tolerance, config, processes)
-        begun = _begun(starts, processes)
-        spent = effort(model, sample, found, begun.bits, tolerance)
+        choice = begun(site_starts(bar, saved, model, sample, found, metric, tolerance, config, processes), processes)
+        spent = effort(model, sample, found, choice[0].bits, tolerance)
         sample = dealt(sample, model, found, processes)
-        ablation = Ablation(model, found, begun.pieces, metric, {}, processes)
-        best = refined(ablation, begun.frames, sample, tolerance, config, seed, bar, saved)
+        ablation = Ablation(model, found, choice[0].pieces, metric, {}, processes)
+        start, gated = opened(ablation, choice, sample, tolerance, seed, saved)
+        ablation = ablation._replace(pieces=start.pieces)
+        best = refined(ablation, start.frames, gated, sample, tolerance, config, seed, bar, saved)
         bar.now("null")
         null = null_effort(model, sample, found, metric, tolerance, config, seed, spent, processes)
         on = {path: processes.rows(rows.byte()) > 0 for path, rows in activity(best.gated.importances).items()}
-        parts = _parts(best, frequencies(best.gated.importances, processes), begun.names)
-        dense = value_bits(tolerance) * sum(_rank(own) for own in begun.pieces.values())
+        parts = _parts(best, frequencies(best.gated.importances, processes), start.names)
+        dense = value_bits(tolerance) * sum(_rank(own) for own in start.pieces.values())
     made = Made(seed, sum(size(batch) for batch in kept), key["batches"], package_version())
     outcome = replace(_outcome(best.gated, best.steps, dense, tolerance, spent, null, saved.cost()), made=made)
     if not outcome.converged:
@@ -172,67 +172,6 @@ def _resumable(checkpoint: str | Path | None) -> Iterator[None]:
         if checkpoint is None:
             raise
         raise KeyboardInterrupt(f"interrupted; {again}") from None
-
-
-def _starts(
-    bar: Progress,
-    saved: Checkpoint,
-    model: nn.Module,
-    sample: Sample,
-    sites: Sequence[Site],
-    divergence: Divergence,
-    tolerance: float,
-    config: Config,
-    processes: Processes,
-) -> Iterator[tuple[Site, Start]]:
-    """The start of every site, from the checkpoint where it is there already; processes make theirs side by side."""
-    for first in range(0, len(sites), processes.n):
-        turn = sites[first : first + processes.n]
-        made, document = dict[str, Tensor](), None
-        for site in processes.own(turn):
-            bar.now(f"start of {site.path or 'the model'}", len(turn))
-            if site.path not in saved.document.get("starts", {}):
-                start = chosen_start(model, sample, site, divergence, tolerance, config, tolerance / len(sites))
-                # Contiguous as when read back from disk, since sums over another layout round differently (R1).
-                made = {name: x.contiguous() for name, x in {**start.pieces._asdict(), **start.origin}.items()}
-                document = [start.name, start.bits, start.work]
-        for source, site in enumerate(turn):
-            prefix, known = f"start|{site.path}|", saved.document.get("starts", {})
-            if site.path in known:
-                values, told = saved.under(prefix), known[site.path]
-            else:
-                values, told = processes.sent(source, made, document)
-                saved.keep({prefix + name: x for name, x in values.items()}, {"starts": {**known, site.path: told}})
-            yield site, _start(site, values, *told)
-
-
-def _start(site: Site, kept: Mapping[str, Tensor], name: str, bits: float, work: dict[str, float]) -> Start:
-    """The start of one site as a checkpoint keeps it."""
-    values = {name: x.to(site.weight.device) for name, x in kept.items()}
-    pieces = Pieces(values["v"], values["u"], values["owner"])
-    return Start(name, pieces, bits, work, {name: values[name] for name in ("basis", "power", "held")})
-
-
-class _Begun(NamedTuple):
-    """The starts of all sites: components, where they may move, names, and the bits of all."""
-
-    pieces: Mapping[str, Pieces]
-    frames: dict[str, Frame]
-    names: dict[str, str]
-    bits: float
-
-
-def _begun(starts: Iterable[tuple[Site, Start]], processes: Processes) -> _Begun:
-    frames, names, bits = dict[str, Frame](), dict[str, str](), list[float]()
-
-    def pieces() -> Iterator[tuple[str, Pieces]]:
-        for site, start in starts:
-            frames[site.path] = frame(**start.origin, matrix=site.matrix(), pieces=start.pieces)
-            names[site.path] = start.name
-            bits.append(start.bits)
-            yield site.path, start.pieces
-
-    return _Begun(stored(pieces(), processes), frames, names, sum(bits))
 
 
 def _parts(best: Refined, frequency: Mapping[str, Tensor], names: Mapping[str, str]) -> dict[str, Parts]:

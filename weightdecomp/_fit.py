@@ -1,5 +1,6 @@
 """The fit of one site: the start that does the least work among the portfolio's."""
 
+import math
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
@@ -13,7 +14,7 @@ from weightdecomp._effects import alone
 from weightdecomp._forward import inner_activations, masked
 from weightdecomp._ledger import price, value_bits, wires
 from weightdecomp._pieces import Pieces
-from weightdecomp._portfolio import Member, portfolio, turned
+from weightdecomp._portfolio import READINGS, Member, portfolio, turned
 from weightdecomp._sample import Sample, site_rows
 from weightdecomp._sites import Site
 from weightdecomp._starts import Reach
@@ -22,6 +23,7 @@ from weightdecomp._upstream import Upstream
 
 _FALL = 0.2  # how much the fall of density says beside bits: one by e is worth as much as a fifth fewer bits
 _PLAIN = 2 / 3  # work of exemplars over the best member's, each with all of the tolerance, below which they replace it
+_HARDER = 1.1  # work that readings may do over that of the start they would replace
 _DEARER = 1.1  # bits that a start may cost over those of singular pairs, which refinement takes further than others
 
 
@@ -34,6 +36,7 @@ class Start(NamedTuple):
         bits: Naming and values per input of the portfolio's cheapest member.
         work: Bits that every member of the portfolio moves per input, the least first.
         origin: What its frame is made from: the basis of the site's inputs, their power along it, and what is held.
+        readings: Of a site whose readings do little more work, their components and what is held of them.
     """
 
     name: str
@@ -41,6 +44,14 @@ class Start(NamedTuple):
     bits: float
     work: dict[str, float]
     origin: dict[str, Tensor]
+    readings: tuple[Pieces, Tensor] | None
+
+    def read(self) -> "Start":
+        """The same site with its readings in place of the chosen start, where it has any."""
+        if self.readings is None:
+            return self
+        pieces, held = self.readings
+        return self._replace(name=READINGS, pieces=pieces, origin={**self.origin, "held": held}, readings=None)
 
 
 @torch.no_grad()
@@ -57,11 +68,14 @@ def chosen_start(
 
     Damages of sites that are masked together about add up, so that the share of each is the tolerance over their
     number. What costs the ledger clearly more bits than singular pairs is no candidate, however few wires it has.
+    Readings are none either: whether they are worth it shows at all sites together.
     """
     known = priced(model, sample, site, divergence, tolerance, config, share)
     reach, members, spent, size, upstream = known
     work = {name: _work(members[name].pieces, size, one, tolerance) for name, one in spent.items()}
-    best = _best({name: one for name, one in members.items() if spent[name].bits <= _DEARER * spent["svd"].bits}, work)
+    candidates = {name: one for name, one in members.items() if spent[name].bits <= _DEARER * spent["svd"].bits}
+    candidates.pop(READINGS, None)
+    best = _best(candidates, work)
     if members[best].fall is None:
 
         def whole(name: str) -> float:
@@ -72,7 +86,9 @@ def chosen_start(
         best = _plainer(members, best, whole)
     origin = {"basis": reach.basis, "power": reach.power, "held": members[best].held}
     ordered = dict(sorted(work.items(), key=lambda item: item[1]))
-    return Start(best, members[best].pieces, known.bits, ordered, origin)
+    near = work.get(READINGS, math.inf) <= _HARDER * work[best]
+    readings = (members[READINGS].pieces, members[READINGS].held) if near else None
+    return Start(best, members[best].pieces, known.bits, ordered, origin, readings)
 
 
 class _Spent(NamedTuple):

@@ -22,6 +22,8 @@ _SCOUT = (4, 1, 4096)  # steps, restarts and inputs of the attack inside the bis
 _PLAY = (20, 2)  # steps and restarts of each attack whose blame gates are chosen by
 _PLAYS = 3  # such attacks, each on the gates that those before have led to
 REVIEW = (20, 3, 2048)  # and of the attack, on held-out inputs, that a result must withstand
+_LONG = 4  # times as many steps that gates must withstand which hardening would make much dearer,
+_INSURANCE = 1.2  # which is by so many times the bits
 _AGAIN = 3  # further prices where the first one's damage is not near the aim; twice as many until one is affordable
 _NEAR = 1  # the same between rounds of refinement, after which components move on and no price lasts,
 _LAST = 5  # and for gates that stay
@@ -116,11 +118,21 @@ class Gatekeeper:
         """Gates that hold against attacks on these ones, unless such gates only exceed the tolerance.
 
         Components then count half for what they do alone, half for the most that an attack blames on them. Alone, each
-        may do little where many together, as an adversary chooses them, set off what was to stay off.
+        may do little where many together, as an adversary chooses them, set off what was to stay off. Where that costs
+        many bits and the gates as they were hold against a long attack, they stay.
         """
         self._harden(found.price)
         other = self._sought(found.price, _LAST)
-        return found if other.damage > self.tolerance >= found.damage else other
+        if other.damage > self.tolerance >= found.damage:
+            return found
+        dear = other.ledger.per_input > _INSURANCE * found.ledger.per_input
+        return found if dear and self._holds(found) else other
+
+    def _holds(self, found: Gated) -> bool:
+        """Whether gates meet the tolerance under a longer attack than the review, from other sources."""
+        steps, restarts, inputs = REVIEW
+        on = self.reviewed._replace(attack=(_LONG * steps, restarts, inputs))
+        return self._done(found.thresholds, on, self.seed + 1) <= self.tolerance
 
     def _sought(self, first: float, again: int) -> Gated:
         aim = _SHARE * self.tolerance
@@ -172,10 +184,13 @@ class Gatekeeper:
         return thresholds, {path: [opened(a, thresholds[path]) for a in calls] for path, calls in self.sizes.items()}
 
     def _damage(self, price: float, on: Attacked) -> float:
+        return self._done({path: trade.thresholds(price) for path, trade in self.trades.items()}, on, self.seed)
+
+    def _done(self, thresholds: Mapping[str, Tensor], on: Attacked, seed: int) -> float:
+        """The damage that an attack does to gates."""
         steps, restarts, _ = on.attack
-        thresholds = {path: trade.thresholds(price) for path, trade in self.trades.items()}
         masks = {path: [opened(a, thresholds[path]) for a in calls] for path, calls in on.sizes.items()}
-        rng = torch.Generator(device=tensors(on.batch)[0].device).manual_seed(self.seed)
+        rng = torch.Generator(device=tensors(on.batch)[0].device).manual_seed(seed)
         found = strongest(self.ablation, on.batch, on.target, masks, [steps], restarts, False, rng)
         return float(found.max()) / on.nothing
 

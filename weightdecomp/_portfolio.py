@@ -8,9 +8,11 @@ from torch import Tensor
 
 from weightdecomp._independent import independent
 from weightdecomp._pieces import Pieces, rank_one_pieces
+from weightdecomp._readings import reading_start
 from weightdecomp._spans import span_start
 from weightdecomp._starts import Reach, coordinate_starts, exemplar_start, exemplars, singular_starts
 
+READINGS = "readings"
 _OFTEN = 1 / 3  # share of inputs from which a component counts as open often
 
 
@@ -61,6 +63,9 @@ def portfolio(
     directions = independent(inner)
     if directions is not None and len(directions) <= most:
         found["independent"] = Member(exemplar_start(reach, directions), directions)
+    read = reading_start(reach, inner, most)
+    if read is not None:
+        found[READINGS] = Member(*read)
     spans = span_start(reach, inner)
     if spans is not None:
         found["spans"] = Member(*spans)

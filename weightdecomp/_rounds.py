@@ -43,6 +43,7 @@ class Refined(NamedTuple):
 def refined(
     ablation: Ablation,
     frames: Mapping[str, Frame],
+    gated: Gated | None,
     sample: Sample,
     tolerance: float,
     config: Config,
@@ -50,11 +51,25 @@ def refined(
     bar: Progress,
     saved: Checkpoint,
 ) -> Refined:
-    """Open the gates, refine in rounds until they no longer pay, and harden the gates of the cheapest round."""
+    """Open the gates, refine in rounds until they no longer pay, and harden the gates of the cheapest round.
+
+    Args:
+        ablation: The starts.
+        frames: Where their components may move.
+        gated: Gates of the starts, where they were opened already.
+        sample: Inputs.
+        tolerance: Of damage.
+        config: Settings.
+        seed: Of what is drawn.
+        bar: To show.
+        saved: Progress of an earlier part of the run.
+    """
     known = saved.document
     kept = ablation._replace(pieces=_loaded(saved, "best|", ablation)) if known.get("kept_steps") else ablation
     near = known.get("near")  # where the best round's price was sought, so that a resumed run finds the same
-    best = Refined(kept, Gatekeeper(kept, sample, tolerance, seed).gates(near), known.get("kept_steps", 0))
+    if gated is None or kept is not ablation:
+        gated = Gatekeeper(kept, sample, tolerance, seed).gates(near)
+    best = Refined(kept, gated, known.get("kept_steps", 0))
     rng = torch.Generator(device=tensors(sample.batch)[0].device).manual_seed(seed + 1)
     refiner = Refiner(ablation, frames, sample.nothing, config, rng)
     thresholds, price = best.gated.thresholds, best.gated.price

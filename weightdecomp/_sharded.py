@@ -45,6 +45,13 @@ def stored(pieces: Iterable[tuple[str, Pieces]], processes: Processes) -> Mappin
     return OnDemand(own, made)
 
 
+def replaced(pieces: Mapping[str, Pieces], some: Mapping[str, Pieces]) -> Mapping[str, Pieces]:
+    """The components of all sites, of some sites others; nothing is copied."""
+    if not isinstance(pieces, OnDemand):
+        return {**pieces, **some}
+    return OnDemand(pieces, lambda path: (some if path in some else pieces)[path])
+
+
 def applied(pieces: Mapping[str, Pieces], path: str, function: Callable[[Pieces], _Found]) -> _Found:
     """A function of one site's components; its backward pass makes them again where they are made on demand."""
     if not isinstance(pieces, OnDemand) or not is_grad_enabled():

@@ -15,6 +15,7 @@ _CUTS = 3  # numbers of exemplars that the ledger chooses from
 _CONE = 512  # rows that a direction is refined on
 _AGREEMENTS = (0.99, 0.9)  # |cosines| from which two inputs count as one direction
 _PARALLEL = 1e-5  # sine up to which two rows or columns of a matrix count as one direction: that of rounding
+_ROUNDING = 1e-5  # share of the weight that counts as rounding
 _LEAST_COUNT = 2  # rows that must agree on a direction for it to be an exemplar
 _LEAST_WEIGHT = 0.01  # rows whose effect is below this share of the mean are not looked at
 
@@ -233,14 +234,19 @@ def exemplar_start(reach: Reach, directions: Float[Tensor, "exemplar reach"]) ->
     n = len(directions)
     v = torch.linalg.pinv(directions.T)
     u = directions @ reach.weight.T
-    missing, rounding = reach.weight - u.T @ v, 1e-5 * reach.weight.norm()
-    if missing.norm() > rounding and n >= u.shape[1]:
+    missing = reach.weight - u.T @ v
+    if missing.norm() > _ROUNDING * reach.weight.norm() and n >= u.shape[1]:
         v = v + torch.linalg.pinv(u.T, rtol=1e-4) @ missing
-        missing = reach.weight - u.T @ v
-    if missing.norm() > rounding:
+    return completed(reach, v, u)
+
+
+def completed(reach: Reach, v: Float[Tensor, "piece d"], u: Float[Tensor, "piece d_out"]) -> Pieces:
+    """Pieces in the basis of the reach, with singular pairs of what they do not sum to."""
+    missing = reach.weight - u.T @ v
+    if missing.norm() > _ROUNDING * reach.weight.norm():
         root = reach.power.sqrt()
         left, sizes, right = torch.linalg.svd(missing * root, full_matrices=False)
-        kept = sizes > 1e-5 * sizes[0]
+        kept = sizes > _ROUNDING * sizes[0]
         v, u = torch.cat([v, right[kept] / root]), torch.cat([u, (left * sizes).T[kept]])
     return reach.lifted(v, u)
 
