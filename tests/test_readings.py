@@ -116,16 +116,23 @@ def test_a_decomposition_starts_from_readings_where_that_is_shorter():
 
 
 @pytest.mark.parametrize(
-    ("bits", "damage", "wins"), [(89.0, 0.015, True), (91.0, 0.001, False), (50.0, 0.021, False), (89.0, 0.001, True)]
+    ("bits", "damage", "dictionary", "wins"),
+    [
+        (89.0, 0.015, 0.0, True),
+        (91.0, 0.001, 0.0, False),
+        (50.0, 0.021, 0.0, False),
+        (89.0, 0.001, 0.0, True),
+        (89.0, 0.015, 2.0, False),
+    ],
 )
 def test_readings_must_be_clearly_cheaper_within_the_tolerance(
-    bits: float, damage: float, wins: bool, monkeypatch: pytest.MonkeyPatch
+    bits: float, damage: float, dictionary: float, wins: bool, monkeypatch: pytest.MonkeyPatch
 ):
     model, x = mlp(), sparse(64, 5)
     sites, metric = find_sites(model, x, None)[0], named("mse", "")
     sample = taken(model, [x], sites, metric, 64, torch.Generator().manual_seed(0))
     pieces = {site.path: rank_one_pieces(torch.eye(site.shape[1]), site.matrix().T.contiguous()) for site in sites}
-    known = iter([gated(100.0, 0.015), gated(bits, damage)])
+    known = iter([gated(100.0, 0.015), gated(bits, damage, dictionary)])
     monkeypatch.setattr(Gatekeeper, "gates", lambda self: next(known))
     saved, choice = Checkpoint(None, {}), [Begun(pieces, {}, {}, 0.0), Begun(pieces, {}, {"0": "readings"}, 0.0)]
     ablation = Ablation(model, sites, pieces, metric, {})
@@ -140,5 +147,5 @@ def test_readings_must_be_clearly_cheaper_within_the_tolerance(
     assert none is None
 
 
-def gated(bits: float, damage: float) -> Gated:
-    return Gated({}, {}, 1.0, damage, Ledger(1, bits, 0.0, 0.0, 0.0))
+def gated(bits: float, damage: float, dictionary: float = 0.0) -> Gated:
+    return Gated({}, {}, 1.0, damage, Ledger(1, bits, 0.0, dictionary, 0.0))

@@ -124,12 +124,13 @@ def opened(
 ) -> tuple[Begun, Gated | None]:
     """The beginning whose gates are the cheaper under attack, and these gates where they had to be opened for that.
 
-    A site by itself tells little about readings: closed ones leave nothing that attacks could add up over sites.
+    A site by itself tells little about readings: closed ones leave nothing that attacks could add up over sites. Their
+    number is their own, so that the dictionary counts.
     """
     if len(choice) == 1 or "read" in saved.document:
         return choice[saved.document.get("read", 0)], None
     plain, read = (Gatekeeper(ablation._replace(pieces=one.pieces), sample, tolerance, seed).gates() for one in choice)
-    fewer = read.ledger.per_input < _HELD * plain.ledger.per_input
+    fewer = read.ledger.total < _HELD * plain.ledger.total
     wins = fewer and not read.damage > tolerance >= plain.damage
     saved.keep({}, {"read": int(wins)})
     return (choice[1], read) if wins else (choice[0], plain)
