@@ -20,8 +20,6 @@ from weightdecomp._sample import Sample
 from weightdecomp._sharded import replaced, stored
 from weightdecomp._sites import Site
 
-_HELD = 0.9  # share of the bits below which readings are worth it, which are held where other starts are refined
-
 
 def site_starts(
     bar: Progress,
@@ -130,7 +128,7 @@ def opened(
     if len(choice) == 1 or "read" in saved.document:
         return choice[saved.document.get("read", 0)], None
     plain, read = (Gatekeeper(ablation._replace(pieces=one.pieces), sample, tolerance, seed).gates() for one in choice)
-    fewer = read.ledger.total < _HELD * plain.ledger.total
+    fewer = read.ledger.total < plain.ledger.total
     wins = fewer and not read.damage > tolerance >= plain.damage
     saved.keep({}, {"read": int(wins)})
     return (choice[1], read) if wins else (choice[0], plain)
