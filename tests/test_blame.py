@@ -170,7 +170,7 @@ def test_gates_are_hardened_where_that_is_cheap_or_a_long_attack_asks_for_it(
 
     def done(self: Gatekeeper, thresholds: object, on: Attacked, seed: int) -> float:
         lengths.append(on.attack[0])
-        return 0.01 if holds else 0.03
+        return 0.01 if holds else 0.015
 
     monkeypatch.setattr(Gatekeeper, "_done", done)
 

@@ -129,10 +129,10 @@ class Gatekeeper:
         return found if dear and self._holds(found) else other
 
     def _holds(self, found: Gated) -> bool:
-        """Whether gates meet the tolerance under a longer attack than the review, from other sources."""
+        """Whether the damage of a longer attack than the review, from other sources, is not above the aim."""
         steps, restarts, inputs = REVIEW
         on = self.reviewed._replace(attack=(_LONG * steps, restarts, inputs))
-        return self._done(found.thresholds, on, self.seed + 1) <= self.tolerance
+        return self._done(found.thresholds, on, self.seed + 1) <= _SHARE * self.tolerance
 
     def _sought(self, first: float, again: int) -> Gated:
         aim = _SHARE * self.tolerance
