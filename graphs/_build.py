@@ -38,6 +38,7 @@ from weightdecomp.engine import (
     size,
     tensor_digest,
     tensors,
+    unreadable_named,
 )
 
 SCHEMA_VERSION = 1
@@ -123,10 +124,11 @@ def circuit_graph(
     cast = of_components(decomposition, collapse) if units is None else of_method(decomposition, units)
     circuits = {path: own.circuits for path, own in cast.items() if own.circuits is not None}
     first = select(batches[0], torch.arange(1, device=tensors(batches[0])[0].device))
-    check_order(model, sites, readers(cast), first)
-    probe = traced(model, sites, readers(cast), first)
+    with unreadable_named(model, batches, "inputs"):
+        check_order(model, sites, readers(cast), first)
+        probe = traced(model, sites, readers(cast), first)
+        sizes = _sizes(decomposition, batches) / n_inputs
     names = _free("input", decomposition), _free("output", decomposition)
-    sizes = _sizes(decomposition, batches) / n_inputs
     shown_outputs, at = _outputs(sizes, outputs, output_positions, apart)
     tally = Tally(n_inputs, circuits)
     for batch in _chunks(batches, probe):

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import weightdecomp as wd
+from graphs import circuit_graph
 from tests.models import QUICK, Calls, drawn, ids, mlp, seeded, sparse
 from weightdecomp import _checkpoint, _storage
 from weightdecomp._check import check_module, check_seed, unreadable_named
@@ -99,6 +100,25 @@ def test_a_later_batch_that_the_model_cannot_read_is_named(batches: list[Any], m
 
     with pytest.raises(ValueError, match=message):
         decompose(model, batches)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda found, x: found.importances(x),
+        lambda found, x: found.ablate(x, {}),
+        lambda found, x: circuit_graph(found, x),
+    ],
+    ids=["importances", "ablate", "graph"],
+)
+def test_ids_that_the_model_does_not_know_are_told_wherever_inputs_are_given(
+    call: Callable[[wd.Decomposition, Any], Any],
+):
+    model = seeded(Calls(_reader, table=nn.Embedding(7, 4), read=nn.Linear(4, 3)))
+    found = decompose(model, [ids(7, 64, 5)], sites=["read"])
+
+    with pytest.raises(ValueError, match=r"fails on inputs: .*the integers in it go from 8 to 8.*; pass inputs as"):
+        call(found, torch.full((2, 5), 8))
 
 
 def test_a_batch_with_a_part_that_has_not_what_the_model_asks_for_is_refused():

@@ -164,10 +164,15 @@ def _tables(model: nn.Module, batch: Batch) -> dict[str, tuple[str, int]]:
 
 
 @contextmanager
-def unreadable_named(model: nn.Module, batches: Sequence[Batch]) -> Iterator[None]:
+def unreadable_named(model: nn.Module, batches: Sequence[Batch], name: str = "batches") -> Iterator[None]:
     """Name the batch that the model fails on by itself, where that is why something fails.
 
     Batches are first run at different times; they are all run here only once something has failed.
+
+    Args:
+        model: The target.
+        batches: All of them.
+        name: Of the argument that they are; one that holds a single batch is named without a number.
 
     Raises:
         ValueError: Instead of what the model raises.
@@ -179,7 +184,8 @@ def unreadable_named(model: nn.Module, batches: Sequence[Batch]) -> Iterator[Non
     except _FAILURES:
         for index, batch in enumerate(batches):
             with torch.no_grad():
-                called(model, batch, f"the model fails on batches[{index}]", _AS_TAKEN)
+                place = f"{name}[{index}]" if len(batches) > 1 or name == "batches" else name
+                called(model, batch, f"the model fails on {place}", _AS_TAKEN.replace("batches", name))
         raise
 
 

@@ -216,7 +216,8 @@ class Decomposition:
             a module that is called k times in one forward pass has a leading axis of size k.
         """
         (batch,) = self.read([inputs])
-        found = self.gates_on(recorded(self.target, batch, self.sites))
+        with unreadable_named(self.target, [batch], "inputs"):
+            found = self.gates_on(recorded(self.target, batch, self.sites))
         return {path: calls[0] if len(calls) == 1 else torch.stack(list(calls)) for path, calls in found.items()}
 
     def ablate(
@@ -238,10 +239,11 @@ class Decomposition:
         """
         (batch,) = self.read([inputs])
         masks = self._checked_masks(keep)
-        self._check_leading(masks, batch)
         left = {path: (matrix, torch.ones_like(matrix[0, 0])) for path, matrix in self.remainders.items()}
         pieces = {path: parts.pieces for path, parts in self.parts.items()}
-        return masked(self.target, batch, self.sites, pieces, masks, left if remainder else None)
+        with unreadable_named(self.target, [batch], "inputs"):
+            self._check_leading(masks, batch)
+            return masked(self.target, batch, self.sites, pieces, masks, left if remainder else None)
 
     def _checked_masks(self, keep: Mapping[str, Tensor] | Circuit | Sequence[Circuit]) -> Masks:
         if isinstance(keep, Circuit):

@@ -6,6 +6,7 @@ Not part of the surface for users, which is `weightdecomp` itself; it may change
 from weightdecomp._attack import Ablation, Part, ablated_divergence, attacked
 from weightdecomp._batches import Batch, call, read_batches, select, size, tensors, unpadded
 from weightdecomp._batches import digest as batch_digest
+from weightdecomp._check import unreadable_named
 from weightdecomp._decomposition import Parts
 from weightdecomp._divergence import Divergence, output_tensor
 from weightdecomp._edit import Selection
@@ -41,4 +42,5 @@ __all__ = [
     "tensor_digest",
     "tensors",
     "unpadded",
+    "unreadable_named",
 ]
