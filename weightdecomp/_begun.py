@@ -42,7 +42,7 @@ def site_starts(
                 start = chosen_start(model, sample, site, divergence, tolerance, config, tolerance / len(sites))
                 # Contiguous as when read back from disk, since sums over another layout round differently (R1).
                 made = {name: x.contiguous() for name, x in _values(start).items()}
-                document = [start.name, start.bits, start.work]
+                document = [start.name, start.bits, start.work, start.gain]
         for source, site in enumerate(turn):
             prefix, known = f"start|{site.path}|", saved.document.get("starts", {})
             if site.path in known:
@@ -62,13 +62,15 @@ def _values(start: Start) -> dict[str, Tensor]:
     return values
 
 
-def _start(site: Site, kept: Mapping[str, Tensor], name: str, bits: float, work: dict[str, float]) -> Start:
+def _start(
+    site: Site, kept: Mapping[str, Tensor], name: str, bits: float, work: dict[str, float], gain: float
+) -> Start:
     """The start of one site from what a checkpoint keeps."""
     values = {name: x.to(site.weight.device) for name, x in kept.items()}
     pieces, origin = _pieces(values, ""), {name: values[name] for name in ("basis", "power", "held")}
     read = f"{READINGS}."
     readings = (_pieces(values, read), values[f"{read}held"]) if f"{read}held" in values else None
-    return Start(name, pieces, bits, work, origin, readings)
+    return Start(name, pieces, bits, work, origin, readings, gain)
 
 
 def _pieces(values: Mapping[str, Tensor], prefix: str) -> Pieces:
@@ -92,7 +94,10 @@ class Begun(NamedTuple):
 
 
 def begun(starts: Iterable[tuple[Site, Start]], processes: Processes) -> list[Begun]:
-    """The chosen starts and, where sites have readings that do little more work, the same with readings there."""
+    """The chosen starts and, where sites have readings that do little more work, the same with readings there.
+
+    Opening gates takes time, so that readings must cost less one by one to begin with, all these sites together.
+    """
     frames, names, bits = dict[str, Frame](), dict[str, str](), list[float]()
     read = list[tuple[Site, Start]]()
 
@@ -105,7 +110,7 @@ def begun(starts: Iterable[tuple[Site, Start]], processes: Processes) -> list[Be
             yield site.path, start.pieces
 
     plain = Begun(stored(pieces(), processes), frames, names, sum(bits))
-    if not read:
+    if sum(start.gain for _, start in read) <= 0:
         return [plain]
     other = stored(((site.path, start.pieces) for site, start in read), processes)
     other_frames = {site.path: _frame(site, start) for site, start in read}

@@ -37,6 +37,7 @@ class Start(NamedTuple):
         work: Bits that every member of the portfolio moves per input, the least first.
         origin: What its frame is made from: the basis of the site's inputs, their power along it, and what is held.
         readings: Of a site whose readings do little more work, their components and what is held of them.
+        gain: Bits per input that these cost less than the chosen start, this site alone masked.
     """
 
     name: str
@@ -45,6 +46,7 @@ class Start(NamedTuple):
     work: dict[str, float]
     origin: dict[str, Tensor]
     readings: tuple[Pieces, Tensor] | None
+    gain: float
 
     def read(self) -> "Start":
         """The same site with its readings in place of the chosen start, where it has any."""
@@ -88,7 +90,8 @@ def chosen_start(
     ordered = dict(sorted(work.items(), key=lambda item: item[1]))
     near = work.get(READINGS, math.inf) <= _HARDER * work[best]
     readings = (members[READINGS].pieces, members[READINGS].held) if near else None
-    return Start(best, members[best].pieces, known.bits, ordered, origin, readings)
+    gain = spent[best].bits - spent[READINGS].bits if near else 0.0
+    return Start(best, members[best].pieces, known.bits, ordered, origin, readings, gain)
 
 
 class _Spent(NamedTuple):
