@@ -17,7 +17,7 @@ from weightdecomp._portfolio import READINGS
 from weightdecomp._processes import Processes
 from weightdecomp._progress import Progress
 from weightdecomp._sample import Sample
-from weightdecomp._sharded import replaced, stored
+from weightdecomp._sharded import overlaid, stored
 from weightdecomp._sites import Site
 
 
@@ -115,7 +115,7 @@ def begun(starts: Iterable[tuple[Site, Start]], processes: Processes) -> list[Be
     other = stored(((site.path, start.pieces) for site, start in read), processes)
     other_frames = {site.path: _frame(site, start) for site, start in read}
     other_names = {site.path: start.name for site, start in read}
-    return [plain, Begun(replaced(plain.pieces, other), frames | other_frames, names | other_names, plain.bits)]
+    return [plain, Begun(overlaid(plain.pieces, other), frames | other_frames, names | other_names, plain.bits)]
 
 
 def _frame(site: Site, start: Start) -> Frame:

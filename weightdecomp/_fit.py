@@ -49,9 +49,8 @@ class Start(NamedTuple):
     gain: float
 
     def read(self) -> "Start":
-        """The same site with its readings in place of the chosen start, where it has any."""
-        if self.readings is None:
-            return self
+        """The same site with its readings in place of the chosen start."""
+        assert self.readings is not None
         pieces, held = self.readings
         return self._replace(name=READINGS, pieces=pieces, origin={**self.origin, "held": held}, readings=None)
 

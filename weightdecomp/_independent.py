@@ -27,12 +27,11 @@ def independent(rows: Float[Tensor, "row d"]) -> Float[Tensor, "d d"] | None:
     Source:
         Fixed points of FastICA (Hyvarinen 1999), all directions at once, with a smooth absolute value as contrast.
     """
-    d = rows.shape[1]
-    rows = rows[: max(_ENOUGH, _ROWS * d)]
-    n = len(rows)
-    if n < _ROWS * d:
+    some = enough(rows)
+    if some is None:
         return None
-    centred = (rows - rows.mean(0)).double()
+    n = len(some)
+    centred = (some - some.mean(0)).double()
     sizes, basis = torch.linalg.eigh(centred.T @ centred / n)
     if sizes[0] <= 1e-9 * sizes[-1]:
         return None
@@ -43,7 +42,7 @@ def independent(rows: Float[Tensor, "row d"]) -> Float[Tensor, "d d"] | None:
     best, farthest = None, 0.0
     for _ in range(_STEPS):
         along = white @ turn.T
-        inverse = along.square().add_(_SPARSE**2).rsqrt_()  # of the smooth length
+        inverse = inverse_length(along)
         mean = float(inverse.reciprocal().mean())
         # By length, not by angle: in a plane in which inputs go round, all directions are as good.
         if abs(mean - before) < _SETTLED:
@@ -56,10 +55,39 @@ def independent(rows: Float[Tensor, "row d"]) -> Float[Tensor, "d d"] | None:
                 break
             turn, before = turned @ turn, torch.inf
             continue
-        # The Newton step of a fixed point: E[g'(y)] w - E[g(y) x] for g the slope of the smooth length.
-        slope = _SPARSE**2 * inverse.pow(3).mean(0)
-        before, turn = mean, _orthogonal(slope[:, None] * turn - along.mul_(inverse).T @ white / n)
+        before, turn = mean, _orthogonal(stepped(white, turn, along, inverse))
     return None if best is None else torch.nn.functional.normalize(((best * root) @ basis.T).to(rows.dtype))
+
+
+def enough(rows: Float[Tensor, "row d"]) -> Float[Tensor, "some d"] | None:
+    """As many rows as tell what their coordinates are from chance; None where there are too few."""
+    d = rows.shape[1]
+    return rows[: max(_ENOUGH, _ROWS * d)] if len(rows) >= _ROWS * d else None
+
+
+def inverse_length(along: Float[Tensor, "row vector"]) -> Float[Tensor, "row vector"]:
+    """One over a smooth absolute value."""
+    return along.square().add_(_SPARSE**2).rsqrt_()
+
+
+def stepped(
+    white: Float[Tensor, "row d"],
+    vectors: Float[Tensor, "vector d"],
+    along: Float[Tensor, "row vector"],
+    inverse: Float[Tensor, "row vector"],
+    brake: float = 0.0,
+) -> Float[Tensor, "vector d"]:
+    """Newton's step to a fixed point, E[g'(y)] w - E[g(y) x] for g the slope of the smooth length; a brake shortens it.
+
+    Args:
+        white: Whitened inputs x.
+        vectors: The w.
+        along: y = w . x, which is overwritten.
+        inverse: Of their smooth lengths.
+        brake: Added to E[g'(y)].
+    """
+    curvature = _SPARSE**2 * inverse.pow(3).mean(0) + brake
+    return curvature[:, None] * vectors - along.mul_(inverse).T @ white / len(white)
 
 
 def _length(along: Tensor) -> Tensor:

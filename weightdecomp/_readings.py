@@ -4,18 +4,16 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from weightdecomp._independent import enough, inverse_length, stepped
 from weightdecomp._pieces import Pieces
 from weightdecomp._starts import Reach, completed
 
-_ROWS = 20  # inputs a dimension that are needed to tell a sparse reading from chance
-_ENOUGH = 8192  # inputs, of which more change nothing but the cost, unless the dimension needs them
 _SELDOM = (1 / 3) ** 0.5  # mean size, at unit power, of what is one number on a third of the inputs and zero elsewhere
 _AT_ONCE = 64  # descents at once at least, half as many as dimensions where those are more
 _KNOWN = 4  # descents begin at inputs without their none to three strongest known readings, in turn
 _STEPS = 100  # of a descent at most
 _SETTLED = 1e-3  # change of a unit vector in a step below which it has settled
 _POLISH = 5  # Newton steps at the end, where they converge quadratically
-_SIZE = 0.1  # from which a reading counts by its size rather than by its square
 _SAME = 0.95  # |cosine| from which two readings are one
 _DEPENDENT = 1e-4  # relative singular value below which readings depend on one another
 _WEIGHINGS = 100  # to where what components write is least
@@ -46,12 +44,11 @@ def reading_start(
         descent from inputs (Qu, Sun and Wright 2014, arXiv 1412.4659), with the step of FastICA (Hyvarinen 1999); what
         components write ours.
     """
-    d = rows.shape[1]
-    rows = rows[: max(_ENOUGH, _ROWS * d)]
-    if len(rows) < _ROWS * d:
+    some = enough(rows)
+    if some is None:
         return None
-    root = reach.power.sqrt()
-    white, weight = rows / root, (reach.weight * root).double()
+    d, root = rows.shape[1], reach.power.sqrt()
+    white, weight = some / root, (reach.weight * root).double()
     found = _found(white, most)
     if len(found) < 2:
         return None
@@ -111,10 +108,7 @@ def _descended(white: Float[Tensor, "row d"], begin: Float[Tensor, "begin d"]) -
 def _step(white: Float[Tensor, "row d"], vectors: Float[Tensor, "vector d"], brake: float) -> Tensor:
     """A step of each unit vector towards a smaller mean size of what it reads; without a brake, Newton's."""
     along = white @ vectors.T
-    inverse = along.square().add_(_SIZE**2).rsqrt_()  # of the smooth size
-    curvature = _SIZE**2 * inverse.pow(3).mean(0) + brake
-    slope = along.mul_(inverse).T @ white / len(white)
-    return torch.nn.functional.normalize(curvature[:, None] * vectors - slope)
+    return torch.nn.functional.normalize(stepped(white, vectors, along, inverse_length(along), brake))
 
 
 def _sizes(white: Float[Tensor, "row d"], vectors: Float[Tensor, "vector d"]) -> Float[Tensor, " vector"]:

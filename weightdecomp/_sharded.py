@@ -45,7 +45,7 @@ def stored(pieces: Iterable[tuple[str, Pieces]], processes: Processes) -> Mappin
     return OnDemand(own, made)
 
 
-def replaced(pieces: Mapping[str, Pieces], some: Mapping[str, Pieces]) -> Mapping[str, Pieces]:
+def overlaid(pieces: Mapping[str, Pieces], some: Mapping[str, Pieces]) -> Mapping[str, Pieces]:
     """The components of all sites, of some sites others; nothing is copied."""
     if not isinstance(pieces, OnDemand):
         return {**pieces, **some}
